@@ -1,0 +1,85 @@
+# Every target does its own set-up, once: a virtual environment in $(VENV) with the versions of
+# constraints.txt. It needs Python 3.11 or later, pip and make. `make gpu` alone installs nothing: it
+# uses the torch, triton and pytest of $(PYTHON).
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+SHARDS ?= 4
+PYTEST_ARGS ?=
+
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+PY := $(abspath $(VENV))/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-compile
+CONSTRAINTS := $(VENV)/constraints.txt
+BASE := $(VENV)/.base
+READY := $(VENV)/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+PYTEST := $(PY) -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: help demo test test-all lint bench gpu clean
+
+help:
+	@echo "make demo      the two examples on real input: sentences and a photograph"
+	@echo "make test      the tests that are not slow"
+	@echo "make test-all  every test, in $(SHARDS) shards; SHARD=i/n runs one of them"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     the benchmark suites on this machine's CPU"
+	@echo "make gpu       the tests and benchmarks that need a GPU, with $(PYTHON) as it is"
+
+# torch comes first and alone, as one exact version, so that nothing below can pull in another build
+# of it. A torch that was built for CUDA has then brought its own triton, which must stay.
+# Debian's Python without python3-venv makes an environment but puts no pip into it.
+$(BASE): pyproject.toml setup.py constraints.txt
+	@echo "Setting up $(VENV) (once, a minute or two)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  v >= (3, 11) or sys.exit(f"Python must be 3.11 or later, got {v[0]}.{v[1]}")'
+	@$(PYTHON) -m venv $(VENV) >/dev/null || { $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(PY) install --quiet pip; }
+	$(PIP) $(TORCH)
+	@if $(PY) -m pip show --quiet triton 2>/dev/null; then grep -v '^triton==' constraints.txt; \
+	  else cat constraints.txt; fi > $(CONSTRAINTS)
+	$(PIP) -c $(CONSTRAINTS) setuptools
+	$(PIP) -c $(CONSTRAINTS) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+$(READY): $(BASE)
+	$(PIP) -c $(CONSTRAINTS) --no-build-isolation --editable '.[dev,models,report]'
+	@touch $@
+
+demo: $(BASE)
+	$(PY) examples/semantic_search.py
+	$(PY) examples/denoise_photo.py
+
+test: $(READY)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-all: $(READY)
+ifdef SHARD
+	$(PYTEST) --shard $(SHARD) $(PYTEST_ARGS)
+else
+	@failed=0; for i in $$(seq $(SHARDS)); do \
+	  echo "shard $$i/$(SHARDS)"; $(PYTEST) --shard $$i/$(SHARDS) $(PYTEST_ARGS) || failed=1; \
+	done; exit $$failed
+endif
+
+# mypy cannot follow attnopt.passes to passes/ in a checkout, so it reads an installed copy.
+lint: $(READY)
+	$(PY) -m ruff check .
+	@rm -rf build $(VENV)/installed
+	$(PIP) --no-deps --no-build-isolation --target $(VENV)/installed .
+	@rm -rf build
+	cd $(VENV)/installed && $(PY) -m mypy --config-file $(CURDIR)/pyproject.toml -p attnopt
+
+bench: $(READY)
+	$(PY) -m attnopt bench
+
+gpu:
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PYTHON) -m attnopt bench
+
+clean:
+	rm -rf $(VENV) build examples/output *.egg-info

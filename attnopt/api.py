@@ -1,0 +1,152 @@
+"""optimize() and explain(): the pipeline from a model to an optimised module and its report."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnopt import logs
+from attnopt.errors import OptionError, StrictError
+from attnopt.module import OptimizedModule, make_report, shell_of, wrap
+from attnopt.passes.options import Options
+from attnopt.report import Report
+from attnopt.runtime import Runtime
+
+
+def optimize(
+    model: nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    rules: Sequence[Any] | None = None,
+    only: str | None = None,
+    approximate: Mapping[str, float] | None = None,
+    prefer: str = "speed",
+    verify: bool = True,
+    backend: str | Sequence[str] = "auto",
+    freeze: bool = False,
+    strict: bool = False,
+    inplace: bool = False,
+) -> OptimizedModule:
+    """Find the attention in a model, rewrite it, verify the result, and return the module.
+
+    The result has the model's parameters, buffers, hooks, attributes and methods by reference, the
+    same state dict, and computes the same numbers. Calls in another mode or with other sizes run
+    the model's own forward until their kind has come twice.
+
+    Args:
+        model: an nn.Module (a torch.fx.GraphModule is one) or a torch.export.ExportedProgram.
+        args: example positional arguments of any shapes and dtypes that the model takes. They are
+            read, not run: neither they nor the model nor a random generator is changed.
+        kwargs: example keyword arguments.
+        dynamic_shapes: which sizes may change, as for torch.export; None for none.
+        rules: the rules to use, by name or as objects; None for all.
+        only: a pattern of module paths ("encoder.*") outside which nothing is rewritten.
+        approximate: None for exact rewrites, or tolerances such as {"logits": 1e-3}.
+        prefer: "speed", or "memory" to never materialise an N x N tensor.
+        verify: compare each rewrite with the original in float64 on the example arguments.
+        backend: "auto", or one or several of "aten", "cpp", "triton".
+        freeze: parameters will not change: their values may be folded.
+        strict: raise if the model cannot be captured whole or any attention is left as it was.
+        inplace: give the model itself the optimised forward, and return it.
+
+    Raises:
+        OptionError: an argument is of a wrong type or value.
+        StrictError: `strict` was given and something was left as it was.
+    """
+    options = Options(rules=rules, only=only, approximate=approximate, prefer=prefer,
+                      verify=verify, backend=backend, freeze=freeze, strict=strict)
+    if not isinstance(inplace, bool):
+        raise OptionError(f"inplace must be True or False, got {inplace!r}")
+    module = _module(model)
+    given, named = _arguments(args, kwargs)
+    if inplace and not isinstance(model, nn.Module):
+        raise OptionError(f"model must be a module when inplace=True, got {type(model).__name__}")
+    runtime = Runtime(shell_of(module) if inplace else module, options, dynamic_shapes)
+    optimized = wrap(module, runtime, inplace=inplace)
+    reason = runtime.prepare(given, named)
+    if strict:
+        _raise_if_kept(optimized, reason)
+    return optimized
+
+
+def explain(
+    model: nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    **options: Any,
+) -> Report:
+    """The report that `optimize` would give, with nothing rewritten.
+
+    A model that torch.export cannot capture is run once, as a copy, to see what Dynamo finds.
+
+    Args:
+        model, args, kwargs, dynamic_shapes: as for `optimize`.
+        options: the other options of `optimize`.
+
+    Raises:
+        OptionError: an argument is of a wrong type or value.
+    """
+    chosen = Options.of(options)
+    module = _module(model)
+    given, named = _arguments(args, kwargs)
+    runtime = Runtime(module, chosen, dynamic_shapes)
+    runtime.prepare(given, named)
+    if runtime.wants_dynamo:
+        runtime = _run_copy(module, runtime, given, named)
+    return make_report(runtime)
+
+
+def _run_copy(module: nn.Module, whole: Runtime, args: tuple[Any, ...],
+              kwargs: dict[str, Any]) -> Runtime:
+    """Run copies of the model and its arguments through Dynamo."""
+    try:
+        copied, (args, kwargs) = copy.deepcopy((module, (args, kwargs)))
+        runtime = Runtime(copied, whole.options)
+        runtime.notes = whole.notes
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            runtime.run_graphs(args, kwargs)
+        return runtime
+    except Exception as error:  # the model's own, or one of copying: it is no error to explain
+        logs.get("capture").info("explain could not run the model", exc_info=True)
+        whole.note(f"not run through Dynamo: {type(error).__name__}")
+        return whole
+
+
+def _module(model: Any) -> nn.Module:
+    if isinstance(model, torch.export.ExportedProgram):
+        return model.module()
+    if isinstance(model, OptimizedModule):
+        raise OptionError("model must be the user's own module, got one that is optimised already")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise OptionError("model must be a module before torch.compile, got a compiled one")
+    if not isinstance(model, nn.Module):
+        raise OptionError("model must be a torch.nn.Module or a torch.export.ExportedProgram, "
+                          f"got {type(model).__name__}")
+    return model
+
+
+def _arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(args, tuple):
+        raise OptionError(
+            f"args must be a tuple of the model's positional arguments, got {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise OptionError(f"kwargs must be a mapping, got {type(kwargs).__name__}")
+    return tuple(args), dict(kwargs or {})
+
+
+def _raise_if_kept(optimized: OptimizedModule, reason: str | None) -> None:
+    if reason is not None:
+        raise StrictError(f"the model must be captured whole, got: {reason}")
+    kept = [s for s in optimized.report.sites if s.status == "kept"]
+    if kept:
+        first = kept[0]
+        raise StrictError(f"every site must be rewritten, got {len(kept)} kept; the first is "
+                          f"{first.path or 'in the model'} ({first.source}): {first.reason}")

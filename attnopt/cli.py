@@ -1,0 +1,99 @@
+"""The command `attnopt`: results on stdout, everything else on stderr.
+
+Exit status: 0 fine, 1 an error, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from attnopt import __version__, environment, logs
+from attnopt.bench import SUITES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; `argv` None reads the command line. Returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    logs.setup()
+    if options.run is None:
+        parser.print_help()
+        return 0
+    try:
+        return options.run(options)
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        logs.get("cli").debug("failed", exc_info=True)
+        print(f"attnopt: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="attnopt", description="Find, explain and replace the attention in PyTorch models.")
+    parser.add_argument("--version", action="version", version=f"attnopt {__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    env = commands.add_parser("env", help="versions, devices and settings, for a bug report")
+    env.add_argument("--json", action="store_true", help="as JSON")
+    env.set_defaults(run=_env)
+
+    bench = commands.add_parser("bench", help="measure attnopt on this machine")
+    bench.add_argument("--suite", choices=list(SUITES), action="append",
+                       help="one of the suites; may be given again; default: all of them")
+    bench.add_argument("--json", metavar="FILE", help="also write the results to this file")
+    bench.add_argument("--repeats", type=_positive, metavar="N",
+                       help="rounds per measurement; default: each suite's own")
+    bench.add_argument("--compile", action="store_true",
+                       help="measure torch.compile as well (suite spellings)")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return number
+
+
+def _env(options: argparse.Namespace) -> int:
+    found = environment.collect()
+    print(json.dumps(found, indent=1) if options.json else "\n".join(_env_lines(found)))
+    return 0
+
+
+def _env_lines(found: dict[str, Any]) -> list[str]:
+    cpu = found["cpu"]
+    pairs = {name: version or "not installed" for name, version in found["versions"].items()}
+    pairs |= {
+        "platform": found["platform"],
+        "cpu": f"{cpu['model']} ({cpu['cores']} cores, {cpu['capability']}, "
+               f"{cpu['threads']} torch threads)",
+        "cuda": found["cuda"] or "torch without CUDA",
+        "accelerators": ", ".join(found["accelerators"]) or "none",
+    }
+    for name, value in found["settings"].items():
+        pairs[name] = value or f"not set ({environment.SETTINGS[name]})"
+    wide = max(map(len, pairs))
+    return [f"{name:{wide}}  {value}" for name, value in pairs.items()]
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from attnopt import optimize
+    from attnopt.bench import run, save
+
+    results = run(optimize, options.suite or list(SUITES), repeats=options.repeats,
+                  compiled=options.compile, say=lambda line: print(line, flush=True))
+    path = save(results, options.json)
+    if path is not None:
+        print(f"written: {path}", file=sys.stderr)
+    return 0

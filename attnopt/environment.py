@@ -1,0 +1,78 @@
+"""What attnopt runs on: versions, processor, accelerator, settings. For bug reports and results."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: environment variables of attnopt, with what they do when they are not set
+SETTINGS = {
+    "ATTNOPT_CACHE_DIR": "the user's cache folder",
+    "ATTNOPT_DISABLE": "not disabled",
+    "ATTNOPT_LOG": "no logging",
+}
+PACKAGES = ("triton", "numpy", "sympy", "networkx", "transformers", "onnx", "onnxscript",
+            "onnxruntime", "rich", "matplotlib")
+
+
+def versions() -> dict[str, str]:
+    """Versions of attnopt, Python, torch and the packages it may use; "" if not installed."""
+    from attnopt import __version__
+
+    found = {"attnopt": __version__, "python": platform.python_version(),
+             "torch": torch.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def processor() -> dict[str, Any]:
+    """The CPU: model, vector instructions that torch uses, cores and threads."""
+    return {
+        "model": _cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def accelerators() -> list[str]:
+    """Names of the CUDA devices; empty without a working one."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def settings() -> dict[str, str]:
+    """The environment variables that attnopt reads, as they are now."""
+    return {name: os.environ.get(name, "") for name in SETTINGS}
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `attnopt env` shows: plain strings, numbers and lists."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": processor(),
+        "cuda": torch.version.cuda or "",
+        "accelerators": accelerators(),
+        "settings": settings(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,33 @@
+"""The errors that attnopt raises. Errors of the user's model are never wrapped: they come through
+as the model raised them."""
+
+from __future__ import annotations
+
+
+class AttnOptError(Exception):
+    """Base of every error of this package."""
+
+
+class OptionError(AttnOptError, ValueError):
+    """An argument is of a wrong type or value: "X must be ..., got ..."."""
+
+
+class CaptureError(AttnOptError):
+    """A model, or one call of it, cannot be brought into one graph.
+
+    Args:
+        reason: what stands in the way, one line, with the attribute or the source line.
+        transient: true where it can succeed after the user's own forward has run once (state
+            that a model builds at its first call).
+        front_end: false where no other front end can do better either.
+    """
+
+    def __init__(self, reason: str, *, transient: bool = False, front_end: bool = True) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.transient = transient
+        self.front_end = front_end
+
+
+class StrictError(AttnOptError):
+    """`strict=True` was given and something was left as it was."""

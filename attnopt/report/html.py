@@ -1,0 +1,171 @@
+"""The report as HTML: a fragment for notebooks, and a page made of the same fragment.
+
+Self-contained (no script, no font, nothing loaded), escaped, light and dark: colours follow the
+notebook's theme where it says which one it is (JupyterLab, VS Code), else the system's. All rules
+are below `.attnopt`, so that the page around it keeps its looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from attnopt.report import table
+from attnopt.report.rows import Row, counts_line, fold
+from attnopt.report.text import LONGEST, printable
+
+if TYPE_CHECKING:
+    from attnopt.report.report import Report
+
+#: a notebook keeps every output in the file: a fragment shows so many lines of the diff
+_DIFF_LINES = 400
+_STATUSES = ("rewritten", "canonical", "kept")
+
+
+def fragment(report: Report, diff_lines: int | None = _DIFF_LINES) -> str:
+    """One <div> with its style; `diff_lines` None shows the whole diff."""
+    rows = fold(report.sites)
+    parts = [
+        f"<style>{style()}</style>",
+        f"<p class='title'>attnopt report: <b>{_text(table.title(report))}</b></p>",
+        f"<p>{_text(counts_line(report.sites))}</p>",
+        _table(rows),
+        _kept(rows),
+        _canonical(rows),
+        _summary(report),
+        _diff(report.diff(), diff_lines),
+    ]
+    return "<div class='attnopt'>" + "\n".join(p for p in parts if p) + "</div>"
+
+
+def page(report: Report) -> str:
+    """A whole document around the fragment."""
+    title = _text(table.title(report))
+    return (
+        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
+        f"<title>attnopt report: {title}</title>\n"
+        "<style>html{color-scheme:light dark}body{margin:2rem auto;max-width:80rem;"
+        "padding:0 1rem}</style>\n</head>\n<body>\n"
+        f"{fragment(report, None)}\n</body>\n</html>\n")
+
+
+def style() -> str:
+    return resources.files("attnopt.report").joinpath("report.css").read_text("utf-8")
+
+
+def _text(text: object, limit: int | None = None) -> str:
+    return escape(printable(text, limit))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    names, cells = table.used_columns(rows)
+    head = "".join(f"<th scope='col'>{table.header(n)}</th>" for n in names)
+    body = "".join(
+        "<tr>" + "".join(_cell(n, c) for n, c in zip(names, texts, strict=True)) + "</tr>"
+        + _more(row, len(names))
+        for row, texts in zip(rows, cells, strict=True))
+    return (f"<div class='scroll'><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{body}</tbody></table></div>")
+
+
+def _cell(name: str, text: str) -> str:
+    if name == "path":
+        return f"<th scope='row'>{_breakable(text)}</th>"
+    if name == "status":
+        kind = text if text in _STATUSES else "other"
+        return f"<td><span class='status {kind}'>{_text(text)}</span></td>"
+    return f"<td{' class=number' if name == 'error' else ''}>{_breakable(text)}</td>"
+
+
+def _breakable(text: str) -> str:
+    """Escaped, with places where a browser may break a dotted path."""
+    return "<wbr>".join(escape(part) for part in text.replace(".", ".\0").split("\0"))
+
+
+def _more(row: Row, span: int) -> str:
+    """A line that opens to what the table has no room for."""
+    site = row.first
+    facts = [
+        ("sites", ", ".join(s.path or "(model)" for s in row.sites) if len(row.sites) > 1 else ""),
+        ("node", site.node),
+        ("error", _errors(row)),
+        ("normal form", site.spec),
+        ("rules tried", "; ".join(site.tried)),
+    ]
+    facts = [(name, text) for name, text in facts if text]
+    if not facts:
+        return ""
+    listed = "".join(f"<dt>{n}</dt><dd>{_text(t, 20 * LONGEST)}</dd>" for n, t in facts)
+    return (f"<tr class='more'><td colspan='{span}'><details><summary>details</summary>"
+            f"<dl>{listed}</dl></details></td></tr>")
+
+
+def _errors(row: Row) -> str:
+    site = row.first
+    if row.error is None:
+        return ""
+    text = f"{row.error:.2e} against float64"
+    if site.error_original is not None:
+        text += f", original {site.error_original:.2e}"
+    if site.error_bound is not None:
+        text += f", bound {site.error_bound:.2e}"
+    return text
+
+
+def _kept(rows: Sequence[Row]) -> str:
+    items = []
+    for row in (r for r in rows if r.first.status == "kept"):
+        rule, condition = row.nearest
+        place = f" at {_text(row.first.source)}" if row.first.source else ""
+        items.append(
+            f"<b>{_breakable(printable(row.path, LONGEST))}</b>{place}: nearest rule "
+            f"<i>{_text(rule or 'none', LONGEST)}</i>, first failure: "
+            f"{_text(condition or 'no reason was recorded', 2 * LONGEST)}")
+    return _section("Kept as they were", items)
+
+
+def _canonical(rows: Sequence[Row]) -> str:
+    return _section("Canonical, computed as the author does",
+                    [f"{n} x {_text(reason)}" for reason, n in table.reasons(rows).items()])
+
+
+def _section(title: str, items: Iterable[str]) -> str:
+    body = "".join(f"<li>{item}</li>" for item in items)
+    return f"<p class='head'>{title}</p><ul>{body}</ul>" if body else ""
+
+
+def _summary(report: Report) -> str:
+    lines = []
+    if report.timings:
+        lines.append(f"<p>Time: {_text(table.timings_line(report.timings))}</p>")
+    if report.measurement is not None:
+        lines.append(f"<p>Speed: {_text(report.measurement)}</p>")
+    hits, misses = table.split_calls(report.calls)
+    if hits or misses:
+        listed = "".join(f"<li>{n} x {_text(reason, 2 * LONGEST)}</li>"
+                         for reason, n in misses.items())
+        lines.append(f"<p>Calls: {hits} by a variant, {sum(misses.values())} by the module's own "
+                     f"forward</p>{f'<ul>{listed}</ul>' if listed else ''}")
+    lines += [f"<p>Note: {_text(note, 4 * LONGEST)}</p>" for note in report.notes]
+    return "".join(lines)
+
+
+def _diff(diff: str, limit: int | None) -> str:
+    lines = diff.splitlines()
+    if not lines:
+        return ""
+    shown = lines if limit is None else lines[:limit]
+    marks = {"+": "add", "-": "del", "@": "hunk"}
+    body = "\n".join(
+        f"<span class={marks[line[0]]}>{_text(line)}</span>" if line[:1] in marks else _text(line)
+        for line in shown)
+    if len(shown) < len(lines):
+        body += f"\n... {len(lines) - len(shown)} more lines in report.diff()"
+    changed = sum(line[:1] in "+-" for line in lines[2:])
+    return (f"<details><summary>graph before and after ({changed} lines changed)</summary>"
+            f"<pre>{body}</pre></details>")

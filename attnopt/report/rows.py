@@ -1,0 +1,185 @@
+"""Rows of the report: sites that differ only by a layer's number are one row.
+
+Twelve equal layers are twelve sites and one fact. Sites fold when all that the report says of
+them is equal and their paths differ in numbers only: "encoder.layer.{0..11}.attention", and
+"blocks.{1..5..2}.attn" where every second layer is of another kind. Text, terminal and HTML show
+the same rows and cells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attnopt.ir.site import KINDS, STATUSES, SiteRecord
+from attnopt.report.text import printable
+
+#: differ from layer to layer without meaning anything, or are summed up in the row
+_VARYING = frozenset({"path", "node", "error", "error_original", "error_bound"})
+_FIELDS = tuple(f.name for f in dataclasses.fields(SiteRecord) if f.name not in _VARYING)
+#: an fx node's number, in a reason
+_NODE_NUMBER = re.compile(r"(?<=[A-Za-z])_\d+\b")
+COLUMNS = ("path", "source", "status", "rule", "mask", "bias", "shapes", "lowering", "error")
+
+_Number = tuple[int, ...]
+_Tokens = tuple[str | _Number, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report and the sites that it stands for."""
+
+    path: str
+    sites: tuple[SiteRecord, ...]
+
+    @property
+    def first(self) -> SiteRecord:
+        return self.sites[0]
+
+    @property
+    def error(self) -> float | None:
+        """The largest error; NaN if any is."""
+        errors = [s.error for s in self.sites if s.error is not None]
+        if any(math.isnan(e) for e in errors):
+            return math.nan
+        return max(errors, default=None)
+
+    @property
+    def nearest(self) -> tuple[str, str]:
+        """The rule that came nearest and the first of its conditions that failed."""
+        return nearest(self.first)
+
+    def cells(self) -> dict[str, str]:
+        """Text of each of COLUMNS, "" where there is nothing to say."""
+        site = self.first
+        rule = site.rule
+        if site.kind != "attention":
+            rule = f"{rule} ({site.kind})" if rule else f"({site.kind})"
+        density = "" if site.density is None else f"{100 * site.density:.3g}%"
+        speedup = "" if site.predicted_speedup is None else f"{site.predicted_speedup:.2f}x"
+        return {
+            "path": self.path,
+            "source": site.source,
+            "status": site.status,
+            "rule": rule,
+            "mask": " ".join(filter(None, (site.mask, density))),
+            "bias": site.bias,
+            "shapes": _shapes(site.shapes),
+            "lowering": " ".join(filter(None, (site.lowering, site.tile, speedup))),
+            "error": "" if self.error is None else f"{self.error:.1e}",
+        }
+
+
+def _shapes(text: str) -> str:
+    """Query, key and value without those at the end that repeat the one before."""
+    parts = text.split(" ")
+    while len(parts) > 1 and parts[-1] == parts[-2]:
+        parts.pop()
+    return " ".join(parts)
+
+
+def nearest(site: SiteRecord) -> tuple[str, str]:
+    """(rule, first condition that failed) of a site that was kept; either may be ""."""
+    for entry in site.tried:
+        rule, colon, condition = entry.partition(": ")
+        if colon:
+            return rule, condition
+    return site.rule, site.reason or (site.tried[0] if site.tried else "")
+
+
+def fold(sites: Sequence[SiteRecord]) -> list[Row]:
+    """Rows of the sites, each in the place of its first site."""
+    groups: dict[tuple[object, ...], list[SiteRecord]] = {}
+    for site in sites:
+        groups.setdefault((site.path, *_facts(site)), []).append(site)
+    # (facts, how many sites one path has) stay together; paths merge number by number, the last
+    # number first, so that stages fold only if their blocks did.
+    open_rows = [(_facts(g[0]), len(g), _tokens(g[0].path), g) for g in groups.values()]
+    for position in range(max((len(t) for _, _, t, _ in open_rows), default=0) - 1, -1, -1):
+        merged: dict[tuple[object, ...], tuple[tuple[object, ...], int, _Tokens,
+                                               list[SiteRecord]]] = {}
+        for facts, count, tokens, members in open_rows:
+            number = tokens[position] if position < len(tokens) else ""
+            if isinstance(number, str):
+                merged[(facts, count, tokens)] = (facts, count, tokens, members)
+                continue
+            rest = (facts, count, tokens[:position], tokens[position + 1:])
+            known = merged.get(rest)
+            if known is not None:
+                both = tuple(sorted({*known[2][position], *number}))
+                tokens = (*tokens[:position], both, *tokens[position + 1:])
+                members = [*known[3], *members]
+            merged[rest] = (facts, count, tokens, members)
+        open_rows = list(merged.values())
+    return [
+        Row(_path(tokens) + (f" (x{count})" if count > 1 else ""), tuple(members))
+        for _, count, tokens, members in open_rows]
+
+
+def _facts(site: SiteRecord) -> tuple[object, ...]:
+    """All that must be equal, with fx node numbers and float noise taken out."""
+    return tuple(_same(getattr(site, name)) for name in _FIELDS)
+
+
+def _same(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, list):
+        return tuple(map(_same, value))
+    return _NODE_NUMBER.sub("_#", value) if isinstance(value, str) else value
+
+
+def _tokens(path: str) -> _Tokens:
+    """Text and numbers of a path; the odd places are numbers."""
+    parts = re.split(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])", path)
+    return tuple((int(p),) if i % 2 else p for i, p in enumerate(parts))
+
+
+def _path(tokens: _Tokens) -> str:
+    return "".join(t if isinstance(t, str) else _numbers(t) for t in tokens) or "(model)"
+
+
+def _numbers(numbers: _Number) -> str:
+    """"3", "{0..11}", "{0..22..2}" or "{0,1,5}"."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    if len(steps) == 1 and len(numbers) > 2 or steps == {1}:
+        step = min(steps)
+        return f"{{{numbers[0]}..{numbers[-1]}{f'..{step}' if step > 1 else ''}}}"
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def counts(sites: Sequence[SiteRecord]) -> dict[str, dict[str, int]]:
+    """Number of sites by kind and status: {"attention": {"rewritten": 3, …}, …}, no empty kinds."""
+    table: dict[str, dict[str, int]] = {}
+    for kind in dict.fromkeys((*KINDS, *(s.kind for s in sites))):
+        by_status = Counter(s.status for s in sites if s.kind == kind)
+        if by_status:
+            order = dict.fromkeys((*STATUSES, *by_status))
+            table[kind] = {status: by_status[status] for status in order}
+    return table
+
+
+def counts_line(sites: Sequence[SiteRecord]) -> str:
+    """"13 sites: 12 rewritten, 0 canonical, 1 kept", and by kind if there are several."""
+    if not sites:
+        return "no sites: no attention, sampling or linear attention was found"
+    table = counts(sites)
+    totals: Counter[str] = Counter()
+    for by_status in table.values():
+        totals.update(by_status)
+    text = f"{len(sites)} site{'s' if len(sites) != 1 else ''}: " + _listed(totals)
+    if list(table) != ["attention"]:
+        for kind, by_status in table.items():
+            some = {status: n for status, n in by_status.items() if n}
+            text += f"; {printable(kind, 60)}: {_listed(some)}"
+    return text
+
+
+def _listed(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{n} {printable(status, 60)}" for status, n in numbers.items())

@@ -1,0 +1,143 @@
+"""The report as plain text, at most 100 columns wide, with no dependency.
+
+A table of sites (equal layers folded), the counts, then for what was kept the nearest rule, the
+first condition that failed and the user's source line, then times, calls and notes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from attnopt.report.rows import COLUMNS, Row, counts_line, fold
+from attnopt.report.text import LONGEST, WIDTH, columns, paragraph, printable
+from attnopt.timing import format_seconds
+
+if TYPE_CHECKING:
+    from attnopt.report.report import Report
+
+#: `paragraph` at the width of this rendering
+Say = Callable[..., list[str]]
+_HEADERS = {"path": "site", "shapes": "shape"}
+_HITS = "hits"
+
+
+def render(report: Report, total: int = WIDTH) -> str:
+    """The whole text of `str(report)`, at most `total` (60 or more) columns wide."""
+    rows = fold(report.sites)
+    say = functools.partial(paragraph, total=total)
+    blocks = [
+        say(f"attnopt report: {title(report)}"),
+        site_table(rows, total),
+        say(counts_line(report.sites)),
+        kept(rows, say),
+        canonical(rows, say),
+        summary(report, say),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def title(report: Report) -> str:
+    return printable(report.model_name or "model", LONGEST)
+
+
+def header(column: str) -> str:
+    return _HEADERS.get(column, column)
+
+
+def used_columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns in which some row says something, and their printable cells."""
+    cells = [{name: printable(text, LONGEST) for name, text in row.cells().items()}
+             for row in rows]
+    names = [name for name in COLUMNS if any(c[name] for c in cells)]
+    return names, [[c[name] for name in names] for c in cells]
+
+
+def stacked(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """`used_columns` with the source line below the path, which saves a column."""
+    names, cells = used_columns(rows)
+    if "source" in names:
+        at = names.index("source")
+        names.pop(at)
+        for row in cells:
+            source = row.pop(at)
+            row[0] += f"\n  {source}" if source else ""
+    return names, cells
+
+
+def site_table(rows: Sequence[Row], total: int) -> list[str]:
+    if not rows:
+        return []
+    names, cells = stacked(rows)
+    return columns([header(n) for n in names], cells, total)
+
+
+def kept(rows: Sequence[Row], say: Say) -> list[str]:
+    """Each kept row: where it is, the nearest rule and why it declined."""
+    lines: list[str] = []
+    for row in (r for r in rows if r.first.status == "kept"):
+        rule, condition = row.nearest
+        place = printable(row.first.source, LONGEST)
+        lines += say(printable(row.path, LONGEST) + (f" at {place}" if place else ""), "  ")
+        lines += say(printable(rule or "none", LONGEST), "    nearest rule:  ")
+        lines += say(printable(condition or "no reason was recorded", 2 * LONGEST),
+                           "    first failure: ")
+    return ["Kept as they were:", *lines] if lines else []
+
+
+def reasons(rows: Sequence[Row]) -> dict[str, int]:
+    """Why canonical sites keep the author's nodes, and how many say so."""
+    found: dict[str, int] = {}
+    for row in rows:
+        if row.first.status == "canonical" and row.first.reason:
+            reason = printable(row.first.reason, 2 * LONGEST)
+            found[reason] = found.get(reason, 0) + len(row.sites)
+    return found
+
+
+def canonical(rows: Sequence[Row], say: Say) -> list[str]:
+    lines = [line for reason, n in reasons(rows).items() for line in say(reason, f"  {n} x ")]
+    return ["Canonical, computed as the author does:", *lines] if lines else []
+
+
+def summary(report: Report, say: Say) -> list[str]:
+    """Times of the steps, the last measurement, calls that missed, notes."""
+    lines: list[str] = []
+    if report.timings:
+        lines += say(timings_line(report.timings), "Time:  ")
+    if report.measurement is not None:
+        lines += say(str(report.measurement), "Speed: ")
+    lines += calls_lines(report.calls, say)
+    for note in report.notes:
+        lines += say(printable(note, 4 * LONGEST), "Note:  ")
+    return lines
+
+
+def timings_line(timings: Mapping[str, float]) -> str:
+    """"capture 1.25 s, verify 830 ms; 2.08 s in all"; the total is added where none is given."""
+    steps = {printable(k, 60): v for k, v in timings.items() if k != "total"}
+    total = timings.get("total", sum(steps.values()))
+    text = ", ".join(f"{step} {format_seconds(v)}" for step, v in steps.items())
+    if len(steps) == 1 and "total" not in timings:
+        return text
+    return f"{text}; {format_seconds(total)} in all" if text else f"{format_seconds(total)} in all"
+
+
+def split_calls(calls: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """(calls that a variant took, reason -> calls that ran the user's own forward)."""
+    snapshot = dict(calls)
+    hits = snapshot.pop(_HITS, 0)
+    misses = {k: n for k, n in snapshot.items() if n}
+    return hits, dict(sorted(misses.items(), key=lambda item: -item[1]))
+
+
+def calls_lines(calls: Mapping[str, int], say: Say) -> list[str]:
+    hits, misses = split_calls(calls)
+    if not hits and not misses:
+        return []
+    text = f"{hits} by a variant, {sum(misses.values())} by the module's own forward"
+    lines = say(text, "Calls: ")
+    for reason, n in misses.items():
+        lines += say(printable(reason, 2 * LONGEST), f"         {n} x ")
+    return lines

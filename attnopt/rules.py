@@ -1,0 +1,102 @@
+"""Rules: what they are given, what they answer, and the registry that holds them.
+
+A rule looks at a Region and answers with a `Match` (the Spec to compute and the Schedule to compute
+it by), or with a `Decline` that names the first condition that failed and the node that failed it.
+A Decline is an answer, not an error: the report shows it. It is raised inside a rule and caught by
+the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from attnopt.errors import OptionError
+from attnopt.ir.spec import Schedule, Spec
+
+
+class Decline(Exception):
+    """A rule says no: `reason` is one sentence for the user, `node` the fx node it is about."""
+
+    def __init__(self, reason: str, node: Any = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.node = node
+
+    def at(self, node: Any) -> Decline:
+        """The same answer, about `node` unless it named one already."""
+        if self.node is None:
+            self.node = node
+        return self
+
+
+@dataclass(frozen=True)
+class Region:
+    """What a rule sees of a site.
+
+    spec:      its normal form, with the structure that was proven
+    authored:  what the author's own code is: "sdpa" for one fused call, "composition" otherwise
+    gained:    what the normal form already saves: masks proven away, repetitions of K and V
+    lengths:   (leading axes…, Q, K, D, Dv); ints, or symbolic expressions
+    dtypes:    of query, key and value
+    training:  the model was captured in training mode
+    operand_grad: an operand depends on a parameter
+    """
+
+    spec: Spec
+    authored: str
+    gained: tuple[str, ...]
+    lengths: tuple[Any, ...]
+    dtypes: tuple[Any, ...]
+    device: str
+    training: bool
+    operand_grad: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """A rule says yes: compute `spec` by `schedule`."""
+
+    spec: Spec
+    schedule: Schedule
+    predicted_speedup: float | None = None
+
+
+class Rule:
+    """One rewrite rule. Subclasses set `name`, say in `recognizes` what they take, and match."""
+
+    name: str = ""
+    recognizes: str = ""
+
+    def match(self, region: Region) -> Match:
+        """Answer with a Match, or raise Decline(reason, node)."""
+        raise Decline(f"{self.name} does not match anything")
+
+
+@dataclass
+class Registry:
+    """Rules in the order in which they are tried."""
+
+    rules: list[Rule] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self.rules)
+
+    def add(self, rule: Rule) -> Rule:
+        if any(known.name == rule.name for known in self.rules):
+            raise OptionError(f"rule names must be distinct, got {rule.name!r} twice")
+        self.rules.append(rule)
+        return rule
+
+    def pick(self, wanted: Sequence[Any] | None) -> list[Rule]:
+        """The rules to use: all, or those named or given."""
+        if wanted is None:
+            return list(self.rules)
+        names = {rule.name: rule for rule in self.rules}
+        picked = []
+        for item in wanted:
+            if isinstance(item, str) and item not in names:
+                raise OptionError(f"a rule must be one of {', '.join(names)}, got {item!r}")
+            picked.append(names[item] if isinstance(item, str) else item)
+        return picked

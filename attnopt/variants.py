@@ -1,0 +1,293 @@
+"""Variant: a rewritten graph, when it may run, and how it is called.
+
+A variant is right for the call that it was captured from and for every call that agrees with it in
+all that the trace could see. All of that is compared at each call, cheapest first; the first
+difference is the reason for which the call runs the user's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from attnopt.calls import Call
+from attnopt.direct_calls import with_direct_calls
+from attnopt.errors import AttnOptError
+from attnopt.passes.autocast import autocast_off, autocast_state
+from attnopt.passes.capture import Traced, find_slot
+from attnopt.passes.guards import ValueGuard
+from attnopt.passes.regions import enter_grad_mode
+
+try:  # torch's own check of many tensors at once; private, so do without where it is not
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+except ImportError:
+    _TensorGuards = None
+
+_TENSORS = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
+_MAX_REBUILDS = 8
+
+
+class Variant:
+    """One rewritten graph of a module.
+
+    Args:
+        traced: the capture and its conditions.
+        module: the rewritten graph, with the captured graph's placeholders.
+        guards: the values of buffers and constants that the rewrite relies on.
+        call: the call that was captured.
+        model: the user's module, where the lifted tensors are looked up.
+        useful: whether anything in it is better than the author's own forward.
+    """
+
+    def __init__(self, traced: Traced, module: fx.GraphModule, guards: Sequence[ValueGuard],
+                 call: Call, model: nn.Module, *, useful: bool = True) -> None:
+        captured = traced.captured
+        self.module = module
+        self.state = traced.state
+        self.useful = useful
+        self.structure = call.structure
+        self.autocast = autocast_state()
+        self._default_dtype = torch.get_default_dtype()
+        self._fits = traced.sizes.fits
+        self._without_grad, self._with_grad = traced.without_grad, traced.with_grad
+        names = call.names()
+        inputs = [n.meta.get("val") for n in captured.placeholders
+                  if captured.origins[n.name].kind == "input"]
+        self._leaves = [_leaf_check(leaf, fake, name)
+                        for leaf, fake, name in zip(call.leaves, inputs, names, strict=True)]
+        self._aliases = _aliases(call.leaves)
+        self._slots: list[tuple[dict[str, Any], str]] = []
+        self._find_slots(traced, model)
+        values = [d[k] for d, k in self._slots]
+        self._tensors = _TensorCheck(values)
+        self._ties = _ties(values)
+        self._guards = [(self._guarded_slot(g, model), g) for g in (*traced.guards, *guards)]
+        self._restore_grad = any(n.target is enter_grad_mode for n in module.graph.nodes)
+        self._runnable = with_direct_calls(module)
+        self._forward: Callable[..., Any] = self._runnable.forward
+        self._out_spec = captured.out_spec
+        self._out_kind = _simple(captured.out_spec)
+
+    def _find_slots(self, traced: Traced, model: nn.Module) -> None:
+        captured = traced.captured
+        placeholders = [n.name for n in self.module.graph.nodes if n.op == "placeholder"]
+        if placeholders != list(captured.origins):
+            raise AttnOptError("a rewritten graph must keep the captured graph's placeholders, "
+                               f"got {placeholders}")
+        for name, origin in captured.origins.items():
+            if origin.kind == "input":
+                continue
+            home = find_slot(model, origin.path) if origin.held else None
+            self._slots.append(home or ({"literal": captured.values[name]}, "literal"))
+        self._slot_names = [n for n, o in captured.origins.items() if o.kind != "input"]
+
+    def _guarded_slot(self, guard: ValueGuard, model: nn.Module) -> tuple[dict[str, Any], str]:
+        if guard.placeholder in self._slot_names:
+            return self._slots[self._slot_names.index(guard.placeholder)]
+        home = find_slot(model, guard.path)
+        if home is None:
+            raise AttnOptError(f"a guard must name a tensor of the model, got {guard.path}")
+        return home
+
+    # -- matching -----------------------------------------------------------------------------
+
+    def match(self, call: Call) -> list[Any] | str:
+        """The values of the lifted tensors where the variant is right for this call, else why it
+        is not."""
+        if call.structure != self.structure:
+            return "other arguments"
+        for leaf, check in zip(call.leaves, self._leaves, strict=True):
+            if (why := check(leaf)) is not None:
+                return why
+        if self._fits is not None and not self._fits(call.leaves):
+            return "sizes outside the captured range"
+        if len(self._leaves) > 1 and _aliases(call.leaves) != self._aliases:
+            return "arguments that are one object, or no longer are"
+        if autocast_state() != self.autocast:
+            return "another autocast state"
+        if torch.is_grad_enabled():
+            if self._without_grad is not None:
+                return f"gradients on, with {self._without_grad}"
+        elif self._with_grad is not None:
+            return f"gradients off, with {self._with_grad}"
+        if not self.state.same_tree():
+            return "a submodule was replaced or hooked"
+        if not self.state.same_values():
+            return self._changed()
+        if torch.get_default_dtype() is not self._default_dtype:
+            return "another default dtype"
+        try:
+            values = [d[k] for d, k in self._slots]
+        except KeyError as missing:
+            return f"tensor {missing} is gone"
+        if not self._tensors.same(values):
+            return "another dtype, device or shape of a parameter or buffer"
+        for first, second in self._ties:
+            if values[first] is not values[second]:
+                return "tied tensors are no longer one"
+        for (tensors, name), guard in self._guards:
+            if not guard.holds(tensors[name]):
+                return f"the values of {guard.path} changed"
+        return values
+
+    def _changed(self) -> str:
+        name = (self.state.changed() or "an attribute").rpartition(".")[2]
+        return "another training flag" if name == "training" else f"another value of self.{name}"
+
+    @property
+    def stale(self) -> bool:
+        """Whether it can hardly ever match again: the module tree is another one, or the values
+        that it relies on changed."""
+        if not self.state.same_tree():
+            return True
+        try:
+            return not all(g.holds(tensors[name]) for (tensors, name), g in self._guards)
+        except KeyError:
+            return True
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(self, values: list[Any], leaves: list[Any]) -> Any:
+        """Run the graph on the lifted tensors' values and the flat inputs."""
+        if self.autocast:
+            with autocast_off(self.autocast):
+                return self._run(values, leaves)
+        return self._run(values, leaves)
+
+    def _run(self, values: list[Any], leaves: list[Any]) -> Any:
+        if self._restore_grad:
+            before = torch.is_grad_enabled()
+            try:
+                flat = self._forward(*values, *leaves)
+            finally:
+                torch._C._set_grad_enabled(before)
+        else:
+            flat = self._forward(*values, *leaves)
+        if self._out_kind is None:
+            return flat[0]
+        if self._out_kind is tuple:
+            return tuple(flat)
+        assert self._out_spec is not None
+        return pytree.tree_unflatten(flat, self._out_spec)
+
+
+def _simple(spec: pytree.TreeSpec | None) -> Any:
+    """None for one leaf, `tuple` for a flat tuple, else `pytree`."""
+    if spec is None or spec.is_leaf():
+        return None
+    flat = spec.num_leaves == spec.num_children and spec.num_nodes == spec.num_leaves + 1
+    return tuple if spec.type is tuple and flat else pytree
+
+
+def _aliases(leaves: Sequence[Any]) -> tuple[int, ...]:
+    """For each tensor the position of the first leaf that is the same object."""
+    first: dict[int, int] = {}
+    return tuple([first.setdefault(id(leaf), i) for i, leaf in enumerate(leaves)
+                  if isinstance(leaf, torch.Tensor)])
+
+
+def _ties(values: Sequence[Any]) -> list[tuple[int, int]]:
+    first: dict[int, int] = {}
+    pairs = [(first.setdefault(id(v), i), i) for i, v in enumerate(values)]
+    return [(a, b) for a, b in pairs if a != b]
+
+
+def _leaf_check(leaf: Any, fake: Any, name: str) -> Callable[[Any], str | None]:
+    if isinstance(leaf, torch.Tensor):
+        return _tensor_check(leaf, fake, name)
+    return _plain_check(leaf, fake, name)
+
+
+def _plain_check(leaf: Any, fake: Any, name: str) -> Callable[[Any], str | None]:
+    kind, text = type(leaf), f"another value of {name}"
+    if isinstance(fake, torch.SymInt):
+        return lambda value: None if type(value) is kind else text
+    if kind is float:  # NaN equals itself here, and 0.0 is not -0.0
+        bits = leaf.hex()
+        return lambda value: None if type(value) is float and value.hex() == bits else text
+    return lambda value: None if type(value) is kind and (
+        value is leaf or value == leaf) else text
+
+
+def _tensor_check(leaf: torch.Tensor, fake: Any, name: str) -> Callable[[Any], str | None]:
+    dtype, device, dim = leaf.dtype, leaf.device, leaf.dim()
+    contiguous = leaf.is_contiguous()
+    sizes = fake.shape if isinstance(fake, torch.Tensor) else leaf.shape
+    static = [(d, int(s)) for d, s in enumerate(sizes) if not isinstance(s, torch.SymInt)]
+    shape = leaf.shape if len(static) == dim else None
+    strides = leaf.stride() if shape is not None and not contiguous else None
+    order = None if contiguous or strides is not None else _order(leaf)
+    strided = torch.strided
+
+    def check(value: Any) -> str | None:
+        if type(value) not in _TENSORS:
+            return f"another type of {name}"
+        if value.dtype is not dtype:
+            return f"another dtype of {name}"
+        if value.layout is not strided or value.is_nested:
+            return f"another layout of {name}"
+        if value.device != device:
+            return f"another device of {name}"
+        if shape is not None:
+            if value.shape != shape:
+                return f"another size of {name}"
+        elif value.dim() != dim or any(value.shape[d] != s for d, s in static):
+            return f"another size of {name}"
+        if value.is_contiguous() is not contiguous:
+            return f"another memory layout of {name}"
+        if strides is not None and value.stride() != strides:
+            return f"another memory layout of {name}"
+        if order is not None and _order(value) != order:
+            return f"another memory layout of {name}"
+        return None
+
+    return check
+
+
+def _order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions from the widest stride to the narrowest; expanded ones are marked."""
+    strides = tensor.stride()
+    ranked = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+    return (*ranked, *[-1 - d for d, s in enumerate(strides) if s == 0])
+
+
+class _TensorCheck:
+    """Class, dtype, device and shape of many tensors, compared in one native call.
+
+    That call also compares things that are free to change (requires_grad, being a Parameter), so
+    where it says no, the comparison is made again here, and the native check is made anew for the
+    tensors as they are.
+    """
+
+    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+        self._expected = [(v.dtype, v.device, v.shape) for v in values]
+        self._native: Any = None
+        self._rebuilds = 0
+        if all(type(v) in _TENSORS for v in values):
+            self._rebuild(values)
+
+    def same(self, values: Sequence[torch.Tensor]) -> bool:
+        native = self._native
+        if native is not None and native.check(*values):
+            return True
+        for value, (dtype, device, shape) in zip(values, self._expected, strict=True):
+            if type(value) not in _TENSORS or value.dtype is not dtype:
+                return False
+            if value.device != device or value.shape != shape:
+                return False
+        if self._rebuilds < _MAX_REBUILDS:
+            self._rebuild(values)
+        return True
+
+    def _rebuild(self, values: Sequence[torch.Tensor]) -> None:
+        self._rebuilds += 1
+        if _TensorGuards is None or not values:
+            return
+        sizes = [list(v.shape) for v in values]
+        strides: list[list[None]] = [[None] * v.dim() for v in values]
+        self._native = _TensorGuards(*values, dynamic_dims_sizes=sizes,
+                                     dynamic_dims_strides=strides)

@@ -1,0 +1,55 @@
+"""The door of everything that computes: other rooms import from here only.
+
+    reference(spec)          the float64 oracle of a Spec
+    ops.attention            the op; ops.attend, what eager graphs call in its place
+    reasons(spec, lowering)  why a lowering does not serve a Spec
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attnopt.kernels import ops
+from attnopt.kernels.aten.choose import can_block
+from attnopt.kernels.aten.sdpa import plan
+from attnopt.kernels.aten.sdpa import reasons as not_fused
+from attnopt.kernels.reference import reference
+
+from attnopt.ir.spec import Spec
+
+__all__ = ["ops", "reasons", "reference"]
+
+
+def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
+            dtypes: Sequence[torch.dtype] = (torch.float32,), device: str = "cpu",
+            requires_grad: bool = False, operand_grad: bool = False) -> list[str]:
+    """Why `lowering` cannot, or should not, compute `spec`; empty where it can.
+
+    head_dims: D and Dv, ints or symbolic; dtypes: of query, key and value; requires_grad and
+    operand_grad: a gradient will be asked for, of a bias or sink too.
+    """
+    found = []
+    if len(set(dtypes)) > 1:
+        found.append("query, key and value must have one dtype, got "
+                     + ", ".join(str(d).removeprefix("torch.") for d in dtypes))
+    if not all(d.is_floating_point for d in dtypes):
+        found.append("query, key and value must be floating")
+    if lowering == "aten:sdpa":
+        found += not_fused(spec)
+        fused = plan(spec)
+        known = all(isinstance(d, int) for d in head_dims)
+        if fused is not None and known and not fused.fits(
+                *head_dims, device, requires_grad, operand_grad):
+            found.append("fused attention is slower here: head_dims that differ much, sinks, or a "
+                         "bias whose gradient is asked for")
+    elif lowering == "aten:blocks":
+        if requires_grad:
+            found.append("row blocks are for inference, a gradient is asked for")
+        if not can_block(spec, dtypes[-1]):
+            found.append("row blocks do not take mixed heads, dropout, a wider softmax dtype, or "
+                         "rows that are all alike")
+    elif lowering != "aten:dense":
+        found.append(f"lowering must be aten:sdpa, aten:blocks or aten:dense, got {lowering!r}")
+    return found

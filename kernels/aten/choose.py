@@ -1,0 +1,113 @@
+"""Which ATen lowering, and with which tile. Pure functions of shapes, tested without a device."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attnopt.kernels.aten.dense import HALF
+from attnopt.kernels.aten.linear import varies
+from attnopt.kernels.aten.sdpa import plan
+from attnopt.kernels.aten.sdpa import reasons as sdpa_reasons
+from attnopt.kernels.aten.tile import broadcast
+
+from attnopt.ir.spec import Schedule, Spec
+
+#: Scores of one block of `blocks`, in bytes. On CPUs with 1 to 2 MB of second-level cache a core,
+#: 1 to 4 MB were within a few per cent of each other at 128 to 2048 keys, smaller blocks slower.
+BLOCK_BYTES = 1 << 21
+ROWS = 128
+#: Outside of the CPU a whole score tensor is faster than blocks until it is this large.
+DEVICE_BYTES = 1 << 30
+
+
+def choose(spec: Spec, query: Sequence[int], key: Sequence[int], value: Sequence[int],
+           dtype: torch.dtype = torch.float32, device: str = "cpu", requires_grad: bool = False,
+           operand_grad: bool = False) -> Schedule:
+    """The Schedule for a Spec at shapes query (*L, Q, D), key (*L, K, D), value (*L, K, Dv).
+
+    requires_grad: a gradient will be asked for; operand_grad: of a bias or sink, too.
+    """
+    found = plan(spec)
+    if found is not None and found.fits(query[-1], value[-1], device, requires_grad, operand_grad):
+        return Schedule("aten:sdpa")
+    if requires_grad or not can_block(spec, dtype):
+        return Schedule("aten:dense")
+    leading = broadcast(query[:-2], key[:-2], value[:-2])
+    tile = block_tile(spec.score, math.prod(leading), query[-2], key[-2], query[-1], device)
+    return Schedule("aten:blocks", tile) if tile else Schedule("aten:dense")
+
+
+def reasons(spec: Spec, lowering: str, dtypes: Sequence[Any] = (), gradient: bool = False
+            ) -> list[str]:
+    """Why a lowering cannot compute the Spec, each as "X must be ..., got ..."; empty if it can.
+
+    dtypes: of query, key, value and the operands, as far as known; gradient: one may be asked for.
+    """
+    known = [d for d in dtypes if isinstance(d, torch.dtype)]
+    match lowering:
+        case "aten:sdpa":
+            found = sdpa_reasons(spec)
+            if gradient and spec.sinks is not None:
+                found.append("sinks must want no gradient")
+            if known and not known[0].is_floating_point:
+                found.append(f"query must be a float tensor, got {known[0]}")
+            return found
+        case "aten:blocks":
+            found = block_reasons(spec, known[0] if known else torch.float32)
+            return [*found, "no gradient must be asked for"] if gradient else found
+        case "aten:dense":
+            return []
+    return [f"lowering must be aten:sdpa, aten:blocks or aten:dense, got {lowering!r}"]
+
+
+def can_block(spec: Spec, dtype: torch.dtype) -> bool:
+    """Whether `blocks` computes the Spec for inputs of this dtype."""
+    return not block_reasons(spec, dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _block_reasons(spec: Spec, dtype: torch.dtype) -> tuple[str, ...]:
+    found = []
+    work = torch.float32 if dtype in HALF else dtype
+    if spec.compute and torch.promote_types(work, getattr(torch, spec.compute)) != work:
+        found.append(f"compute must be {work} or less, got {spec.compute}")
+    if spec.mix_logits or spec.mix_weights:
+        found.append("heads must not be mixed")
+    if spec.dropout:
+        found.append(f"dropout must be 0, got {spec.dropout}")
+    if spec.score == "distance" and work != torch.float32:
+        found.append(f"distances must be of float32 or half inputs, got {dtype}")
+    if rows_alike(spec):
+        found.append("weights must vary along q")
+    return tuple(found)
+
+
+def block_reasons(spec: Spec, dtype: torch.dtype) -> list[str]:
+    """Why `blocks` cannot compute the Spec for inputs of this dtype."""
+    return list(_block_reasons(spec, dtype))
+
+
+def rows_alike(spec: Spec) -> bool:
+    """Whether all query rows have the same weights: key-only logits and a mask of keys."""
+    if spec.score != "key":
+        return False
+    exprs = [e for e in (spec.logits, spec.mask.predicate(), spec.sinks, spec.weights)
+             if e is not None]
+    return not any("q" in varies(e, spec) for e in exprs)
+
+
+def block_tile(score: str, heads: int, queries: int, keys: int, head_dim: int, device: str = "cpu"
+               ) -> tuple[int, ...]:
+    """(query rows, leading entries) of one block; () where the whole is better."""
+    width = 4 * max(keys, 1) * (head_dim if score == "additive" else 1)
+    if device != "cpu" and width * queries * heads <= DEVICE_BYTES:
+        return ()
+    budget = BLOCK_BYTES if device == "cpu" else DEVICE_BYTES
+    rows = min(max(queries, 1), ROWS)
+    if rows * width > 2 * budget:
+        rows = max(min(rows, 8), 2 * budget // width)
+    return rows, max(1, min(heads, budget // (rows * width)))

@@ -1,0 +1,174 @@
+"""The canonical form of a site: its Spec, and each tensor with the dimensions the Spec wants.
+
+Operands are stripped of permutations, copies and repetitions; constant factors and upcasts of the
+query and key move into the Spec. What is left are tensors of the author's program and, for each,
+the target dimensions (*L, Q, D), (*L, K, D), (*L, K, Dv) or (*L, Q, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.ir.mask import ALL, Causal
+from attnopt.ir.spec import Operand, Spec, leading_axes
+from attnopt.passes.axes import Axis, Layout, axes_of, product, resolve, settle
+from attnopt.passes.layout import strip
+from attnopt.passes.normalize import op_name
+from attnopt.passes.pointwise import is_cast
+from attnopt.passes.program import Program
+from attnopt.passes.recognize import Attention
+from attnopt.rules import Decline
+
+Target = tuple[tuple[Axis, ...], ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the functional view, its layout, and the dimensions it is to be brought to."""
+
+    node: fx.Node
+    layout: Layout
+    target: Target
+
+
+@dataclass
+class Canonical:
+    """A site with its Spec. `operands` are in the order of `spec.operands`."""
+
+    site: Attention
+    spec: Spec
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    operands: dict[str, Tensor] = field(default_factory=dict)
+    #: dimensions of the Spec's result
+    result: Target = ()
+    #: copies and repetitions of K and V that the Spec does without
+    saved: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        named = [self.operands[o.slot] for o in self.spec.operands]
+        return [self.query, self.key, self.value, *named]
+
+    def lengths(self, target: Sequence[Sequence[Axis]], layout: Layout) -> tuple[object, ...]:
+        """Lengths of a tensor brought to `target`: 1 where it holds no axis."""
+        have = axes_of(layout)
+        return tuple(product(dim) if have & set(dim) else 1 for dim in map(resolve, target))
+
+    def shapes(self) -> str:
+        return " ".join("x".join(map(str, self.lengths(t.target, t.layout)))
+                        for t in (self.query, self.key, self.value))
+
+
+def canonicalize(program: Program, site: Attention) -> Canonical:
+    """Build the Spec of `site` and find the tensors to call it with."""
+    end = program.view.author[site.end]
+    inside = {*site.interior, site.end}
+
+    def allowed(node: fx.Node) -> bool:
+        return program.view.readable_at(node, end)
+
+    saved: list[str] = []
+
+    def bring(node: fx.Node, layout: Layout, name: str = "") -> tuple[fx.Node, Layout]:
+        found = strip(node, layout, allowed)
+        if name and any("repeat" in n or "expand" in n for n in _between(found[0], node)):
+            saved.append(name)
+        if not allowed(found[0]):
+            raise Decline("an operand is overwritten in place before the site ends", found[0])
+        return found
+
+    query, key = bring(*site.query), bring(*site.key, "key")
+    value = bring(*site.value, "value")
+    logits = site.logits
+    if site.kind == "dot" and not site.sdpa:
+        query, logits = _absorb_factor(program, query, logits, inside, allowed)
+        key, logits = _absorb_factor(program, key, logits, inside, allowed)
+        wanted = value[0].meta["val"].dtype
+        query, key = (_absorb_upcast(x, wanted, allowed) for x in (query, key))
+    loaded = {slot: replace(o) for slot, o in site.operands.items()}
+    for operand in loaded.values():
+        operand.node, operand.layout = bring(operand.node, operand.layout)
+
+    lead = resolve(site.lead)
+    names = leading_axes(len(lead))
+    scores: Target = (*((a,) for a in lead), resolve(site.rows), resolve(site.keys))
+    axis_names = (*names, "q", "k")
+    declared = []
+    tensors: dict[str, Tensor] = {}
+    for slot, operand in loaded.items():
+        have = axes_of(operand.layout)
+        axes = tuple(n for n, dim in zip(axis_names, scores, strict=True) if have & set(dim))
+        declared.append(Operand(slot, axes, operand.dtype, _role(operand.role)))
+        tensors[slot] = Tensor(operand.node, settle(operand.layout), scores)
+    inner, columns = resolve(site.inner), resolve(site.columns)
+    if site.vector is not None:
+        declared.append(Operand("score_weight", None, E.FLOAT, "score"))
+        tensors["score_weight"] = Tensor(*site.vector, (inner,))
+    mixes = {name: f"{name}_matrix" for name in ("mix_logits", "mix_weights")
+             if getattr(site, name) is not None}
+    declared += [Operand(slot, None, E.FLOAT, "mix") for slot in mixes.values()]
+    spec = Spec(
+        **mixes,  # type: ignore[arg-type]
+        score=site.kind, logits=logits, mask=Causal() if site.causal else ALL,
+        normalizer=site.normalizer.name, l1=site.normalizer.l1, empty_row=site.empty_row,
+        weights=site.weights, renormalize=site.renormalize, output=site.output, sinks=site.sinks,
+        dropout=site.dropout, compute=site.compute, operands=tuple(declared))
+    spec = spec.with_()
+    leading = scores[:-2]
+    return Canonical(
+        site, spec,
+        Tensor(query[0], settle(query[1]), (*leading, scores[-2], inner)),
+        Tensor(key[0], settle(key[1]), (*leading, scores[-1], inner)),
+        Tensor(value[0], settle(value[1]), (*leading, scores[-1], columns)),
+        {o.slot: tensors[o.slot] for o in spec.operands if o.slot in tensors},
+        (*leading, scores[-2], columns), tuple(saved))
+
+
+def _role(role: str) -> str:
+    return role if role in ("mask", "bias", "sink", "score") else "other"
+
+
+def _between(start: fx.Node, end: fx.Node) -> list[str]:
+    """Names of the operations from `end` back to `start` along first arguments."""
+    names = []
+    while end is not start and end.args and isinstance(end.args[0], fx.Node):
+        names.append(op_name(end))
+        end = end.args[0]
+    return names
+
+
+def _absorb_factor(program: Program, operand: tuple[fx.Node, Layout], logits: Expr,
+                   inside: set[fx.Node], allowed: object) -> tuple[tuple[fx.Node, Layout], Expr]:
+    """q * c or q / c with a number c, used by this site alone: c joins the scale."""
+    node, layout = operand
+    name = op_name(node) if node.op == "call_function" else ""
+    if name not in ("mul", "div") or node.kwargs or len(node.args) != 2:
+        return operand, logits
+    factor, source = node.args[1], node.args[0]
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) \
+            or not isinstance(source, fx.Node) or not allowed(source):  # type: ignore[operator]
+        return operand, logits
+    if source.meta["val"].dtype != node.meta["val"].dtype:
+        return operand, logits
+    scaled = E.call(name, E.score, float(factor))
+    further = strip(source, layout, allowed)  # type: ignore[arg-type]
+    return further, logits.replace({E.score: scaled})
+
+
+def _absorb_upcast(operand: tuple[fx.Node, Layout], wanted: object,
+                   allowed: object) -> tuple[fx.Node, Layout]:
+    """q.float() before the scores: the kernel accumulates in float32 as it is."""
+    node, layout = operand
+    if is_cast(node) and isinstance(node.args[0], fx.Node):
+        source = node.args[0]
+        wider = node.meta["val"].dtype.itemsize > source.meta["val"].dtype.itemsize
+        if wider and source.meta["val"].dtype == wanted and allowed(source):  # type: ignore
+            return strip(source, layout, allowed)  # type: ignore[arg-type]
+    return operand

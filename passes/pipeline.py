@@ -1,0 +1,321 @@
+"""The passes in order: from a captured graph to the rewritten one and a record of every site."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.ir.captured import Captured
+from attnopt.ir.site import SiteRecord, module_path, source_line
+from attnopt.ir.spec import Schedule, Spec
+from attnopt.passes.analyze import Facts, analyze, words
+from attnopt.passes.axes import product, resolve
+from attnopt.passes.canonical import Canonical, canonicalize
+from attnopt.passes.guards import ValueGuard
+from attnopt.passes.normalize import functional_view, op_name
+from attnopt.passes.options import Options
+from attnopt.passes.program import PARAMETER, Program
+from attnopt.passes.provenance import Analysis
+from attnopt.passes.recognize import Attention, Miss, recognize
+from attnopt.passes.rules import REGISTRY
+from attnopt.passes.substitute import discard, rewire, substitute, sweep, written_later
+from attnopt.passes.verify import Candidate, verify
+from attnopt.rules import Decline, Match, Region, Rule
+
+log = logging.getLogger("attnopt.passes")
+
+
+@dataclass
+class Rewritten:
+    """What the passes made of one captured graph; the captured graph module itself is changed."""
+
+    graph_module: fx.GraphModule
+    sites: list[SiteRecord]
+    guards: tuple[ValueGuard, ...] = ()
+    text_before: str = ""
+    text_after: str = ""
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Planned:
+    """A site on its way: its record, its canonical form, and what a rule made of it."""
+
+    site: Attention
+    record: SiteRecord
+    canonical: Canonical | None = None
+    facts: Facts = field(default_factory=Facts)
+    match: Match | None = None
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def rewrite(captured: Captured, options: Options) -> Rewritten:
+    """Find, prove, rewrite and verify. `captured.graph_module` is rewritten in place."""
+    clock = _Clock()
+    module, graph = captured.graph_module, captured.graph
+    before = readable(graph)
+    with clock("normalize"):
+        view = functional_view(graph)
+    with clock("recognize"):
+        kinds = {name: origin.kind for name, origin in captured.origins.items()}
+
+        def value_of(name: str) -> torch.Tensor | None:
+            origin = captured.origins.get(name)
+            held = origin is not None and origin.kind in ("buffer", "constant")
+            return captured.values.get(name) if held else None
+
+        program = Program(view, kinds, value_of)
+        found, misses = recognize(program)
+    with clock("analyze"):
+        analysis = Analysis(view.graph, kinds, value_of)
+        plans = [_plan(captured, program, analysis, site, options) for site in found]
+    with clock("substitute"):
+        candidates = _substitute(graph, view, plans)
+    if options.verify and candidates:
+        with clock("verify"):
+            verify(captured, view, [c for c, _ in candidates])
+    guards: set[str] = set()
+    touched: set[fx.Node] = set()
+    for candidate, members in candidates:
+        _settle(graph, view, candidate, members, guards, touched)
+    sweep(graph, touched)
+    graph.lint()
+    module.recompile()
+    records = [p.record for p in plans] + [_missed(m, view) for m in misses]
+    order = {n.name: i for i, n in enumerate(program.nodes)}
+    records.sort(key=lambda r: order.get(r.node, 0))
+    held = tuple(ValueGuard.of(captured, name) for name in sorted(guards))
+    return Rewritten(module, records, held, before, readable(graph), clock.seconds)
+
+
+# -- planning -----------------------------------------------------------------------------------
+def _plan(captured: Captured, program: Program, analysis: Analysis, site: Attention,
+          options: Options) -> _Planned:
+    """Canonical form, facts, and the first rule that takes the site."""
+    plan = _Planned(site, _record(program, site))
+    record = plan.record
+    try:
+        _admissible(program, site, options, record.path)
+        plan.canonical = canonicalize(program, site)
+        plan.canonical, plan.facts = analyze(analysis, plan.canonical)
+    except Decline as no:
+        record.status, record.reason = "kept", _explain(no, program)
+        return plan
+    canonical = plan.canonical
+    roles = {o.slot: o.role for o in canonical.spec.operands} | {
+        s: o.role for s, o in site.operands.items()}
+    record.mask, record.bias = words(plan.facts, roles)
+    record.spec, record.shapes = str(canonical.spec), canonical.shapes()
+    record.status, record.lowering = "canonical", "author"
+    try:
+        _replaceable(program, site)
+        region = _region(captured, program, canonical, plan.facts)
+        plan.match = _first_match(REGISTRY.pick(options.rules), region, record)
+    except Decline as no:
+        record.reason = record.reason or _explain(no, program)
+    return plan
+
+
+def _record(program: Program, site: Attention) -> SiteRecord:
+    author = program.view.author[site.anchor]
+    return SiteRecord(path=module_path(author), source=source_line(author), kind="attention",
+                      node=site.anchor.name)
+
+
+def _admissible(program: Program, site: Attention, options: Options, path: str) -> None:
+    if options.only is not None and not fnmatch.fnmatch(path, options.only):
+        raise Decline(f"outside only={options.only!r}")
+    if "aten" not in options.lowerings:
+        raise Decline(f"no lowering of backend={options.backend!r} exists for it")
+    others = [u for u in site.escapes if not _only_returned(program, u)]
+    if others:
+        raise Decline(f"its scores or weights are also used by {op_name(others[0])}", others[0])
+    if site.detached:
+        raise Decline("a detach between the scores and the result", site.anchor)
+
+
+def _replaceable(program: Program, site: Attention) -> None:
+    """What must hold for the author's nodes to go, besides that a rule takes the site."""
+    if site.kind == "key":
+        raise Decline("key-only logits: no scores to fuse, the author's composition is as good")
+    view = program.view
+    end = view.author[site.end]
+    region = end.meta.get("attnopt_region")
+    for node in site.interior:
+        if view.author[node].meta.get("attnopt_region") != region:
+            raise Decline("the site spans a no_grad or autocast region", node)
+    if site.mix_logits is not None or site.mix_weights is not None:
+        raise Decline("heads are mixed: all of them are needed at once, as the author has it")
+    if site.escapes:
+        raise Decline("its weights are also returned", site.escapes[0])
+    if site.dropout:
+        raise Decline("dropout draws on the weights: kept, so that the random stream stays the "
+                      "author's", site.anchor)
+    if written_later(view, end):
+        raise Decline("its result is written in place later", end)
+
+
+def _only_returned(program: Program, node: fx.Node, depth: int = 8) -> bool:
+    """Does everything made from `node` end as a result of the model?"""
+    if node.op == "output":
+        return True
+    return depth > 0 and node.op == "call_function" and all(
+        _only_returned(program, u, depth - 1) for u in program.users(node))
+
+
+def _region(captured: Captured, program: Program, canonical: Canonical, facts: Facts) -> Region:
+    site = canonical.site
+    values = [t.node.meta["val"] for t in (canonical.query, canonical.key, canonical.value)]
+    gained = (*facts.gained, *(f"repeated {s}" for s in canonical.saved))
+    lengths = tuple(product(resolve(dim)) for dim in canonical.result[:-1])
+    lengths += (product(resolve(site.keys)), product(resolve(site.inner)),
+                product(resolve(site.columns)))
+    training = any(op_name(n) in ("dropout", "batch_norm") and n.args[-1 if op_name(n) == "dropout"
+                   else 5] is True for n in captured.graph.nodes if n.op == "call_function")
+    operand_grad = any(PARAMETER in program.depends[t.node] for t in canonical.operands.values())
+    return Region(canonical.spec, "sdpa" if site.sdpa else "composition", gained, lengths,
+                  tuple(v.dtype for v in values), values[2].device.type, training, operand_grad)
+
+
+def _first_match(rules: Sequence[Rule], region: Region, record: SiteRecord) -> Match | None:
+    for rule in rules:
+        try:
+            match = rule.match(region)
+        except Decline as no:
+            record.tried.append(f"{rule.name}: {no.reason}")
+            continue
+        record.rule = rule.name
+        return match
+    record.reason = record.tried[0].partition(": ")[2] if record.tried else "no rule is active"
+    return None
+
+
+def _explain(no: Decline, program: Program) -> str:
+    where = ""
+    if isinstance(no.node, fx.Node):
+        author = program.view.author.get(no.node, no.node)
+        line = source_line(author)
+        where = f" ({author.name}{', ' + line if line else ''})"
+    return no.reason + where
+
+
+def _missed(miss: Miss, view: Any) -> SiteRecord:
+    author = view.author.get(miss.anchor, miss.anchor)
+    culprit = view.author.get(miss.node, miss.node) if miss.node is not None else author
+    line = source_line(culprit)
+    where = f" ({culprit.name}{', ' + line if line else ''})"
+    return SiteRecord(path=module_path(author), source=source_line(author), kind=miss.kind,
+                      status="kept", node=miss.anchor.name, reason=miss.reason + where,
+                      tried=[f"attention: {miss.reason}"])
+
+
+# -- substitution -------------------------------------------------------------------------------
+def _substitute(graph: fx.Graph, view: Any,
+                plans: Sequence[_Planned]) -> list[tuple[Candidate, list[_Planned]]]:
+    """Emit the calls. Sites with one end stand or fall together."""
+    by_end: dict[fx.Node, list[_Planned]] = {}
+    for plan in plans:
+        by_end.setdefault(plan.site.end, []).append(plan)
+    made = []
+    for members in by_end.values():
+        if any(p.canonical is None for p in members):
+            for p in members:
+                if p.canonical is not None:
+                    _keep(p, "another softmax of the same result was declined")
+            continue
+        if not all(p.match for p in members):
+            for p in members:
+                p.match = None
+            continue
+        parts = [(p.canonical, p.match.spec, p.match.schedule)  # type: ignore[union-attr]
+                 for p in members]
+        before = set(graph.nodes)
+        try:
+            done = substitute(graph, view, parts)  # type: ignore[arg-type]
+        except Decline as no:
+            for node in reversed([n for n in graph.nodes if n not in before]):
+                graph.erase_node(node)
+            for p in members:
+                p.match = None
+                p.record.rule, p.record.reason = "", no.reason
+            continue
+        made.append((Candidate([p.canonical for p in members], done), members))  # type: ignore
+    return made
+
+
+def _keep(plan: _Planned, reason: str) -> None:
+    plan.match = None
+    plan.record.status, plan.record.rule, plan.record.lowering = "kept", "", ""
+    plan.record.reason = reason
+
+
+def _settle(graph: fx.Graph, view: Any, candidate: Candidate, members: Sequence[_Planned],
+            guards: set[str], touched: set[fx.Node]) -> None:
+    """Put an accepted rewrite in, take a refused one out."""
+    for plan in members:
+        record = plan.record
+        record.error, record.error_original = candidate.error, candidate.error_original
+        record.error_bound = candidate.bound
+    if not candidate.accepted:
+        discard(graph, candidate.done)
+        for plan in members:
+            _keep(plan, f"verification: {candidate.reason}")
+            log.warning("%s is kept: %s", plan.record.path or plan.record.node, candidate.reason)
+        return
+    rewire(graph, candidate.done)
+    touched.add(candidate.done.end)
+    for plan in members:
+        match = plan.match
+        assert match is not None
+        touched.update(view.author[n] for n in plan.site.interior)
+        guards.update(plan.facts.guards)
+        record = plan.record
+        record.status, record.reason = "rewritten", ""
+        record.lowering = match.schedule.lowering
+        record.tile = "x".join(map(str, match.schedule.tile))
+        record.predicted_speedup = match.predicted_speedup
+        record.spec = str(match.spec)
+
+
+def readable(graph: fx.Graph) -> str:
+    """The graph as short lines, for people and for diffs."""
+    lines = []
+    for node in graph.nodes:
+        if node.op == "call_function":
+            args = ", ".join([*map(_short, node.args),
+                              *(f"{k}={_short(v)}" for k, v in node.kwargs.items())])
+            value = node.meta.get("val")
+            shape = f"  # {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+            lines.append(f"{node.name} = {op_name(node)}({args}){shape}")
+        elif node.op == "output":
+            lines.append(f"return {_short(node.args[0])}")
+    return "\n".join(lines)
+
+
+def _short(arg: Any) -> str:
+    if isinstance(arg, (list, tuple)):
+        return f"[{', '.join(map(_short, arg))}]"
+    return str(arg)
+
+
+__all__ = ["Rewritten", "rewrite", "readable", "Schedule", "Spec"]

@@ -1,0 +1,7 @@
+"""The rewrite rules that come with attnopt, in the order in which they are tried."""
+
+from attnopt.passes.rules.blocks import RowBlocks
+from attnopt.passes.rules.sdpa import FusedSoftmax
+from attnopt.rules import Registry
+
+REGISTRY = Registry([FusedSoftmax(), RowBlocks()])

@@ -1,0 +1,22 @@
+"""Any other pointwise attention at inference: row blocks, in place, nothing N x N held."""
+
+from __future__ import annotations
+
+from attnopt import kernels
+from attnopt.ir.spec import Schedule
+from attnopt.rules import Decline, Match, Region, Rule
+
+
+class RowBlocks(Rule):
+    name = "row-blocks"
+    recognizes = "any pointwise logits and weights (softcap, sinks, sigmoid …) at inference"
+
+    def match(self, region: Region) -> Match:
+        if region.training:
+            raise Decline("in training the composition is what its gradient needs")
+        if region.authored == "sdpa":
+            raise Decline("the author's own fused call, nothing to add")
+        reasons = kernels.reasons(region.spec, "aten:blocks", dtypes=region.dtypes)
+        if reasons:
+            raise Decline(reasons[0])
+        return Match(region.spec, Schedule("aten:blocks"))

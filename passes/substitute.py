@@ -1,0 +1,168 @@
+"""Substitution: a rewritten site becomes one call of the op in the author's graph.
+
+The call is put right before the node whose value it replaces, so that it reads the author's
+tensors when they hold what recognition saw. The views around it are emitted by `Arranger`; what
+nobody reads any more is removed afterwards, in-place writes included when the memory they touch
+belongs to the site alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.ir.spec import Schedule, Spec
+from attnopt.passes.axes import axes_of, settle
+from attnopt.passes.canonical import Canonical, Tensor
+from attnopt.passes.layout import Arranger
+from attnopt.passes.normalize import View, _aliased, op_name, writes
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Substitution:
+    """The nodes put in for a site: its inputs in the author's graph, the calls, and the result."""
+
+    end: fx.Node
+    inputs: list[fx.Node]
+    emitted: list[fx.Node]
+    result: fx.Node
+
+
+def substitute(graph: fx.Graph, view: View,
+               parts: Sequence[tuple[Canonical, Spec, Schedule]]) -> Substitution:
+    """Emit the calls for sites that share one end (their results are added), without re-wiring."""
+    site = parts[0][0].site
+    end = view.author[site.end]
+    with graph.inserting_before(end):
+        arranger = Arranger(graph)
+        results = [_call(arranger, view, *part) for part in parts]
+        total = results[0]
+        for other in results[1:]:
+            total = arranger.call(aten.add.Tensor, total, other)
+        canonical = parts[0][0]
+        have = tuple(d if axes_of((d,)) else () for d in canonical.result)
+        result = arranger.arrange(total, have, settle(site.out_layout))
+        wanted = end.meta["val"].dtype
+        if canonical.value.node.meta["val"].dtype != wanted:
+            result = arranger.call(aten.to.dtype, result, wanted)
+    for node in arranger.emitted:
+        _describe(node, end)
+    inputs = list(dict.fromkeys(
+        view.author[t.node] for c, _, _ in parts for t in c.tensors))
+    return Substitution(end, inputs, arranger.emitted, result)
+
+
+def _call(arranger: Arranger, view: View, canonical: Canonical, spec: Spec,
+          schedule: Schedule) -> fx.Node:
+    def bring(tensor: Tensor) -> fx.Node:
+        node = view.author[tensor.node]
+        arranger.learn(node, tensor.layout) if _symbolic(node) else None
+        return arranger.arrange(node, tensor.layout, tensor.target)
+
+    query, key, value = map(bring, (canonical.query, canonical.key, canonical.value))
+    operands = [bring(canonical.operands[o.slot]) for o in spec.operands]
+    call = arranger.call(torch.ops.attnopt.attention.default, query, key, value, operands,
+                         str(spec), str(schedule))
+    return arranger.call(operator.getitem, call, 0)
+
+
+def _symbolic(node: fx.Node) -> bool:
+    return not all(isinstance(s, int) for s in node.meta["val"].shape)
+
+
+def _describe(node: fx.Node, like: fx.Node) -> None:
+    """Give an emitted node the origin of the node it stands for, and a fake value."""
+    for name in ("stack_trace", "nn_module_stack", "attnopt_region"):
+        if name in like.meta:
+            node.meta[name] = like.meta[name]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def rewire(graph: fx.Graph, done: Substitution) -> None:
+    """Let every reader of the end read the result instead; views behind it may need a copy now."""
+    _loosen_views(done.end)
+    done.end.replace_all_uses_with(done.result)
+
+
+def discard(graph: fx.Graph, done: Substitution) -> None:
+    """Take the emitted nodes out again."""
+    for node in reversed(done.emitted):
+        graph.erase_node(node)
+
+
+def _loosen_views(node: fx.Node) -> None:
+    """`view` of the end demanded the author's strides; `reshape` copies where ours differ."""
+    for user in list(node.users):
+        if user.op != "call_function" or user.args[:1] != (node,):
+            continue
+        if user.target in (aten.view.default, aten._unsafe_view.default):
+            user.target = aten.reshape.default
+        if _aliased(user) is node:
+            _loosen_views(user)
+
+
+def written_later(view: View, site_end: fx.Node) -> bool:
+    """Is the memory of the end written in place after it is made?"""
+    root = view.roots.get(site_end, site_end)
+    made = view.position[site_end]
+    return any(at > made for at in view.writes_to.get(root, ()))
+
+
+def sweep(graph: fx.Graph, candidates: set[fx.Node]) -> None:
+    """Remove what is dead among `candidates`, in-place writes to dead memory included."""
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        parent = node.args[0] if node.op == "call_function" and writes(node) == [0] \
+            else _aliased(node)
+        owner[node] = owner.get(parent, parent) if isinstance(parent, fx.Node) else node
+    family: dict[fx.Node, list[fx.Node]] = {}
+    for node, root in owner.items():
+        family.setdefault(root, []).append(node)
+    dead: set[fx.Node] = set()
+    pool = _upstream(candidates)
+    changed = True
+    while changed:
+        changed = False
+        for root, members in family.items():
+            fresh = [m for m in members if m not in dead]
+            group = set(fresh)
+            whole = root.op == "call_function" and all(m in pool and _removable(m) for m in fresh)
+            if whole and all(u in dead or u in group for m in fresh for u in m.users):
+                gone = group
+            else:  # memory that lives on: only views of it may go
+                gone = {m for m in fresh if m in pool and _removable(m) and not writes(m)
+                        and all(u in dead for u in m.users)}
+            dead |= gone
+            changed = changed or bool(gone)
+    for node in reversed(list(graph.nodes)):
+        if node in dead:
+            graph.erase_node(node)
+
+
+def _upstream(nodes: set[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found and node.op == "call_function":
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _removable(node: fx.Node) -> bool:
+    """Pure, or a write to memory that is judged with its family; never random or a switch."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        random = torch.Tag.nondeterministic_seeded in node.target.tags
+        quiet = op_name(node) == "dropout" and not (node.args[1] and node.args[2])
+        return (not random or quiet) and writes(node) in ([], [0])
+    return node.target is operator.getitem or not node.is_impure()

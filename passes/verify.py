@@ -1,0 +1,401 @@
+"""Verification: every rewrite against the original, judged by float64.
+
+One pass over the author's graph, with the substitutes already in it. When the end of a region has
+run, its inputs are alive, the original and the rewritten result are there; the region is run once
+more in float64, and the rewrite is accepted if
+
+    err_new <= max(2 * err_original, 8 * eps(dtype) * max|out|)
+
+elementwise against the float64 result, with NaN exactly where the original has NaN. The same holds
+for the gradients of the inputs. Sites with one program and one set of shapes get one full check;
+the others are compared with the original directly. Along dimensions that the capture left symbolic
+other lengths are drawn for the region alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.ir.captured import Captured
+from attnopt.passes import oracle
+from attnopt.passes.canonical import Canonical
+from attnopt.passes.normalize import View, is_tensor
+from attnopt.passes.substitute import Substitution
+
+log = logging.getLogger("attnopt.verify")
+MOST_BYTES = 512 << 20  # of one float64 score tensor; larger regions are checked on a slice
+_LENGTHS = (3, 7, 5, 4, 9, 2, 6, 8)
+
+
+@dataclass
+class Candidate:
+    """A substituted region: its sites, the emitted nodes, and what verification found."""
+
+    parts: Sequence[Canonical]
+    done: Substitution
+    error: float | None = None
+    error_original: float | None = None
+    bound: float | None = None
+    reason: str = ""
+    boundary: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reason
+
+
+def boundary(view: View, parts: Sequence[Canonical]) -> list[fx.Node]:
+    """The tensors of the functional view that the region is a function of."""
+    ends = {t.node for c in parts for t in c.tensors}
+    inside = {n for c in parts for n in c.site.interior} | {parts[0].site.end}
+    for c in parts:
+        site = c.site
+        starts = [site.query[0], site.key[0], site.value[0],
+                  *(o.node for o in site.operands.values())]
+        for start in starts:
+            path = []
+            node: Any = start
+            while isinstance(node, fx.Node) and node not in ends and node.args:
+                path.append(node)
+                node = node.args[0]
+            if node in ends:
+                inside.update(path)
+    found: dict[fx.Node, None] = {}
+    stack = [parts[0].site.end]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in ends or (node not in inside and is_tensor(node)):
+            found[node] = None
+        else:
+            stack.extend(node.all_input_nodes)
+    return list(found)
+
+
+def verify(captured: Captured, view: View, candidates: Sequence[Candidate]) -> None:
+    """Run the author's graph once, judge every candidate at its end, and set its verdict."""
+    at_end = {c.done.end: c for c in candidates}
+    graph = captured.graph
+    for c in candidates:
+        c.boundary = boundary(view, c.parts)
+    last = _last_uses(graph, view, candidates)
+    values = iter(captured.arguments(clone=True))
+    env: dict[fx.Node, Any] = {}
+    judged: dict[Any, Candidate] = {}
+    grad = torch.is_grad_enabled()
+    with torch.random.fork_rng(devices=_cuda_devices(captured)), torch.no_grad():
+        try:
+            for node in graph.nodes:
+                if node.op == "placeholder":
+                    env[node] = next(values)
+                elif node.op == "output":
+                    break
+                else:
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+                    if node.op == "get_attr":
+                        env[node] = getattr(captured.graph_module, node.target)  # type: ignore
+                    else:
+                        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+                        torch._C._set_grad_enabled(False)
+                if node in at_end:
+                    _judge(captured, view, at_end[node], env, judged)
+                for dead in last.get(node, ()):
+                    env.pop(dead, None)
+        finally:
+            torch._C._set_grad_enabled(grad)
+
+
+def _cuda_devices(captured: Captured) -> list[int]:
+    found = {v.device.index for v in captured.values.values()
+             if isinstance(v, torch.Tensor) and v.device.type == "cuda"}
+    return sorted(i or 0 for i in found)
+
+
+def _last_uses(graph: fx.Graph, view: View,
+               candidates: Sequence[Candidate]) -> dict[fx.Node, list[fx.Node]]:
+    needed: dict[fx.Node, list[fx.Node]] = {}
+    for c in candidates:
+        needed.setdefault(c.done.end, []).extend(
+            [*(view.author[n] for n in c.boundary), c.done.result])
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for used in itertools.chain(node.all_input_nodes, needed.get(node, ()), (node,)):
+            last[used] = node
+    by_user: dict[fx.Node, list[fx.Node]] = {}
+    for used, user in last.items():
+        by_user.setdefault(user, []).append(used)
+    return by_user
+
+
+def _judge(captured: Captured, view: View, c: Candidate, env: Mapping[fx.Node, Any],
+           judged: dict[Any, Candidate]) -> None:
+    original, new = env[c.done.end], env[c.done.result]
+    if new.shape != original.shape or new.dtype != original.dtype:
+        c.reason = (f"the rewrite must give {original.dtype} of shape {tuple(original.shape)}, "
+                    f"got {new.dtype} of shape {tuple(new.shape)}")
+        return
+    signature = _signature(c)
+    twin = judged.get(signature)
+    if twin is not None and twin.accepted and twin.bound is not None:
+        slack = 3 * twin.bound / max(_size(original), 1e-300) * _size(original)
+        error = _distance(new, original)
+        if error is not None and error <= slack:
+            c.error, c.error_original, c.bound = error, twin.error_original, slack
+            return
+    unreadable = [n for n in c.boundary if not view.readable_at(n, c.done.end)]
+    if unreadable:
+        c.reason = f"{unreadable[0].name} is overwritten in place before the site ends"
+        return
+    known = {n: env[view.author[n]] for n in c.boundary}
+    _compare(c, known, original, new, lambda: oracle.symbol_value({}))
+    if c.accepted and _wants_gradients(captured):
+        _compare_gradients(captured, c, view, known, env)
+    if c.accepted:
+        _draw(captured, view, c, known)
+    judged[signature] = c
+
+
+def _signature(c: Candidate) -> Any:
+    texts = tuple((str(p.spec), p.shapes()) for p in c.parts)
+    calls = tuple((str(n.target), tuple(a for a in n.args if not isinstance(a, fx.Node)).__repr__())
+                  for n in c.done.emitted)
+    dtypes = tuple((n.meta["val"].dtype, str(n.meta["val"].shape)) for n in c.boundary)
+    return texts, calls, dtypes
+
+
+def _compare(c: Candidate, known: Mapping[fx.Node, Any], original: torch.Tensor,
+             new: torch.Tensor, number: Any) -> None:
+    end = c.parts[0].site.end
+    exact = {n: oracle.double(v) for n, v in known.items()}
+    reference = oracle.run(end, exact, precise=True)
+    ok, err_new, err_original, bound = judge(new, original, reference)
+    if c.error is None or (err_new or 0.0) > c.error:
+        c.error, c.error_original, c.bound = err_new, err_original, bound
+    if not ok:
+        c.reason = (f"the result is off by {err_new:.3g} from float64, the original by "
+                    f"{err_original:.3g}, allowed are {bound:.3g}" if err_new is not None else
+                    "the result has NaN or inf where the original has none, or the reverse")
+
+
+def judge(new: torch.Tensor, original: torch.Tensor, reference: torch.Tensor
+          ) -> tuple[bool, float | None, float, float]:
+    """(accepted, err_new, err_original, bound) by the acceptance rule."""
+    eps = torch.finfo(original.dtype).eps if original.is_floating_point() else 0.0
+    err_original = _distance(original, reference)
+    bound = max(2 * (err_original or 0.0), 8 * eps * _size(reference))
+    err_new = _distance(new, reference)
+    if err_original is None:  # the original overflows or underflows where float64 does not
+        err_new = _distance(new, original.double())
+    if err_new is None:
+        return False, None, err_original or 0.0, bound
+    return err_new <= bound, err_new, err_original or 0.0, bound
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """Largest absolute difference; None where one is not finite and the other is not the same."""
+    a, b = a.double(), b.double()
+    odd = ~(a.isfinite() & b.isfinite())
+    if odd.any():
+        if not torch.equal(torch.nan_to_num(a[odd], 1.5, 2.5, 3.5),
+                           torch.nan_to_num(b[odd], 1.5, 2.5, 3.5)):
+            return None
+        a, b = a[~odd], b[~odd]
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _size(x: torch.Tensor) -> float:
+    x = x.double()
+    x = x[x.isfinite()]
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+# -- gradients ---------------------------------------------------------------------------------
+def _wants_gradients(captured: Captured) -> bool:
+    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in captured.values.values())
+
+
+def _reaches_gradient(captured: Captured, node: fx.Node) -> bool:
+    """Does the node depend on a tensor that requires a gradient?"""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        value = captured.values.get(node.name) if node.op == "placeholder" else None
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.detach().clone().requires_grad_(True)
+    return value
+
+
+def _compare_gradients(captured: Captured, c: Candidate, view: View,
+                       known: Mapping[fx.Node, Any], env: Mapping[fx.Node, Any]) -> None:
+    inputs = [n for n in c.boundary if known[n].is_floating_point()
+              and _reaches_gradient(captured, view.author[n])]
+    end = c.parts[0].site.end
+    if not inputs:
+        return
+    with torch.enable_grad():
+        runs = []
+        for precise in (False, True):
+            leaves = {n: _leaf(oracle.double(v) if precise else v) for n, v in known.items()}
+            runs.append((leaves, oracle.run(end, dict(leaves), precise=precise)))
+        mine = {n: _leaf(v) for n, v in known.items()}
+        runs.append((mine, rerun(c, view, mine, env)))
+        torch.manual_seed(0)
+        cotangent = torch.randn(runs[0][1].shape, dtype=torch.float64,
+                                device=runs[0][1].device)
+        grads = [torch.autograd.grad(out, [leaves[n] for n in inputs], cotangent.to(out.dtype),
+                                     allow_unused=True)
+                 for leaves, out in runs]
+    for node, original, reference, new in zip(inputs, *grads, strict=True):
+        if original is None or reference is None:
+            continue
+        if new is None:
+            if original.abs().max() == 0:
+                continue
+            c.reason = f"the gradient of {node.name} is lost"
+            return
+        ok, err, err_original, bound = judge(new, original, reference)
+        if not ok and err is not None and err <= 64 * torch.finfo(new.dtype).eps * _size(reference):
+            continue  # sums of many products: a few ulps of the largest entry
+        if not ok:
+            c.reason = (f"the gradient of {node.name} is off by {err} from float64, the original "
+                        f"by {err_original:.3g}, allowed are {bound:.3g}")
+            return
+
+
+def rerun(c: Candidate, view: View, known: Mapping[fx.Node, Any],
+          env: Mapping[fx.Node, Any]) -> torch.Tensor:
+    """The emitted nodes on other values of the region's inputs."""
+    values = {view.author[n]: v for n, v in known.items()}
+    for node in c.done.emitted:
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda n: values[n] if n in values else env[n])
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values[c.done.result]
+
+
+# -- drawn lengths -------------------------------------------------------------------------------
+def _draw(captured: Captured, view: View, c: Candidate, real: Mapping[fx.Node, Any]) -> None:
+    """The region alone at other lengths, with random inputs, where lengths are symbolic."""
+    tensors = [n.meta["val"] for n in c.boundary]
+    symbols = sorted({str(s) for t in tensors for d in t.shape if isinstance(d, torch.SymInt)
+                      for s in d.node.expr.free_symbols})
+    if not symbols:
+        return
+    generator = torch.Generator().manual_seed(0)
+    for shift in (0, 3):
+        sizes = _admissible(captured, symbols, shift)
+        if sizes is None:
+            continue
+        number = oracle.symbol_value(sizes)
+        env = _Numbers(number)
+        try:
+            known = {n: _drawn(captured, c, n, real[n], number, generator) for n in c.boundary}
+            original = oracle.run(c.parts[0].site.end, dict(known), precise=False, number=number)
+        except RuntimeError:
+            continue  # the author's program does not take these lengths
+        exact = {n: oracle.double(v) for n, v in known.items()}
+        reference = oracle.run(c.parts[0].site.end, exact, precise=True, number=number)
+        ok, err, err_original, bound = judge(rerun(c, view, known, env), original, reference)
+        if not ok:
+            c.reason = (f"at the lengths {sizes} the result is off by {err} from float64, "
+                        f"the original by {err_original:.3g}, allowed are {bound:.3g}")
+            return
+
+
+class _Numbers(dict[Any, Any]):
+    """Environment of a drawn run: only symbolic numbers are asked for."""
+
+    def __init__(self, number: Any) -> None:
+        super().__init__()
+        self.number = number
+
+    def __missing__(self, node: fx.Node) -> Any:
+        return self.number(node.meta["val"])
+
+
+def _admissible(captured: Captured, symbols: Iterable[str], shift: int) -> dict[str, int] | None:
+    """Lengths within the captured ranges that meet its conditions, small and odd by preference."""
+    names = list(symbols)
+    for attempt in range(len(_LENGTHS)):
+        sizes = {}
+        for i, name in enumerate(names):
+            wanted = _LENGTHS[(i + shift + attempt) % len(_LENGTHS)]
+            allowed = captured.symbols.get(name)
+            if allowed is not None:
+                wanted = max(wanted, allowed.low)
+                wanted = min(wanted, allowed.high) if allowed.high is not None else wanted
+            sizes[name] = wanted
+        try:
+            if all(eval(text, {"__builtins__": {}}, dict(sizes))  # noqa: S307 - our own text
+                   for text in captured.conditions):
+                return sizes
+        except NameError:
+            return sizes
+    return None
+
+
+def _drawn(captured: Captured, c: Candidate, node: fx.Node, real: torch.Tensor, number: Any,
+           generator: torch.Generator) -> torch.Tensor:
+    """A value for an input of the region: random, unless the rewrite knows what it must be."""
+    cone = _cone(node)
+    inputs = [n for n in cone if n.op == "placeholder"]
+    own = {n: captured.values[n.name] for n in inputs
+           if captured.origins[n.name].kind != "input"}
+    if not node.meta["val"].shape or all(isinstance(s, int) for s in node.meta["val"].shape):
+        if len(own) == len(inputs):
+            return real
+    carried = {t.node for p in c.parts for t in p.tensors}
+    if node in carried:
+        return _random(node.meta["val"], number, generator)
+    # Structure was proven of this one: it must be what the program makes of these lengths.
+    if len(cone) > _MOST_CONE:
+        raise RuntimeError("a mask with a long history")
+    known = {n: own[n] if n in own else _random(n.meta["val"], number, generator)
+             for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)}
+    return oracle.run(node, known, precise=False, number=number)
+
+
+_MOST_CONE = 300
+
+
+def _cone(node: fx.Node) -> list[fx.Node]:
+    """Everything that a tensor is computed from; sizes are known and end it."""
+    found: dict[fx.Node, None] = {}
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node not in found and not isinstance(node.meta.get("val"), torch.SymInt):
+            found[node] = None
+            stack.extend(node.all_input_nodes)
+    return list(found)
+
+
+def _random(like: torch.Tensor, number: Any, generator: torch.Generator) -> torch.Tensor:
+    shape = [number(s) if isinstance(s, torch.SymInt) else s for s in like.shape]
+    if like.dtype == torch.bool:
+        return torch.rand(shape, generator=generator).to(like.device) > 0.3
+    if not like.is_floating_point():
+        return torch.ones(shape, dtype=like.dtype, device=like.device)
+    return torch.randn(shape, generator=generator).to(like.device, like.dtype)

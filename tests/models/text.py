@@ -1,0 +1,210 @@
+"""Text models: encoders, decoders, encoder-decoders, and proteins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.models.zoo import GQA, TEXT, VOCAB, Entry, Floats, Ints, Padding, draw, ids, seq2seq
+
+_BART: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 2, "use_cache": False,
+}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4, "relative_attention_num_buckets": 8, "pad_token_id": 0, "eos_token_id": 1,
+    "decoder_start_token_id": 0, "use_cache": False,
+}
+_N: dict[str, Any] = {
+    "vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+    "bos_token_id": 1, "eos_token_id": 2, "use_cache": False,
+}
+_MOE: dict[str, Any] = {**GQA, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+                        "moe_intermediate_size": 32}
+_MLA: dict[str, Any] = {
+    **GQA, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8, "n_routed_experts": 4, "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+
+
+def _bert_like(name: str, prefix: str, **over: Any) -> Entry:
+    return Entry(name, f"{prefix}Config", {**TEXT, **over}, f"{prefix}Model", ids())
+
+
+def _decoder(name: str, prefix: str, base: dict[str, Any] = GQA, model: str = "",
+             **over: Any) -> Entry:
+    return Entry(name, f"{prefix}Config", {**base, **over}, model or f"{prefix}Model",
+                 ids(use_cache=False))
+
+
+def _bart_like(name: str, prefix: str, **over: Any) -> Entry:
+    return Entry(name, f"{prefix}Config", {**_BART, **over}, f"{prefix}Model",
+                 seq2seq(use_cache=False))
+
+
+ENCODERS = [
+    Entry("bert", "BertConfig", TEXT, "BertModel", ids(mask=False)),
+    _bert_like("bert_mask", "Bert"),
+    _bert_like("roberta", "Roberta"),
+    _bert_like("roberta_prelayernorm", "RobertaPreLayerNorm"),
+    _bert_like("xlm_roberta_xl", "XLMRobertaXL"),
+    _bert_like("albert", "Albert", embedding_size=16),
+    _bert_like("electra", "Electra", embedding_size=16),
+    Entry("distilbert", "DistilBertConfig",
+          {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+          "DistilBertModel", ids()),
+    _bert_like("deberta", "Deberta", relative_attention=True, pos_att_type=["p2c", "c2p"],
+               max_relative_positions=16),
+    _bert_like("deberta_v2", "DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"],
+               position_buckets=8,
+               max_relative_positions=16, share_att_key=True, norm_rel_ebd="layer_norm"),
+    _bert_like("mpnet", "MPNet", pad_token_id=1),
+    _bert_like("ernie", "Ernie"),
+    _bert_like("convbert", "ConvBert", embedding_size=32, head_ratio=2, conv_kernel_size=3),
+    _bert_like("squeezebert", "SqueezeBert", embedding_size=32, q_groups=2, k_groups=2, v_groups=2),
+    _bert_like("mobilebert", "MobileBert", embedding_size=16, true_hidden_size=32,
+               intra_bottleneck_size=32),
+    Entry("funnel", "FunnelConfig",
+          {"vocab_size": VOCAB, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 32,
+           "n_head": 4,
+           "d_head": 8, "d_inner": 64, "max_position_embeddings": 64}, "FunnelModel", ids()),
+    _bert_like("roformer", "RoFormer", embedding_size=32),
+    _bert_like("rembert", "RemBert", input_embedding_size=16),
+    _bert_like("megatron_bert", "MegatronBert"),
+    Entry("nystromformer", "NystromformerConfig",
+          {**TEXT, "num_landmarks": 12, "segment_means_seq_len": 12, "conv_kernel_size": 3},
+          "NystromformerModel", ids(mask=False)),
+    _bert_like("ibert", "IBert"),
+    _bert_like("layoutlm", "LayoutLM"),
+    _bert_like("lilt", "Lilt", hidden_size=48),
+    _bert_like("splinter", "Splinter"),
+    _bert_like("data2vec_text", "Data2VecText"),
+    _bert_like("tapas", "Tapas"),
+    _bert_like("modernbert", "ModernBert", global_attn_every_n_layers=2, local_attention=8,
+               cls_token_id=3,
+               sep_token_id=4),
+    _bert_like("eurobert", "EuroBert", num_key_value_heads=2),
+    _bert_like("nomic_bert", "NomicBert"),
+    Entry("canine", "CanineConfig", {**TEXT, "local_transformer_stride": 64,
+                                     "max_position_embeddings": 128,
+                                     "downsampling_rate": 4, "num_hash_buckets": 128},
+                                     "CanineModel",
+          ids(length=128)),
+    Entry("xlm", "XLMConfig", {"vocab_size": VOCAB, "emb_dim": 32, "n_layers": 2, "n_heads": 4,
+                               "max_position_embeddings": 64, "n_langs": 1}, "XLMModel", ids()),
+    Entry("xlnet", "XLNetConfig", {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4,
+                                   "d_inner": 64},
+          "XLNetModel", ids(use_mems=False)),
+    Entry("longformer", "LongformerConfig", {**TEXT, "attention_window": 4}, "LongformerModel",
+          ids(length=16)),
+    Entry("big_bird", "BigBirdConfig", {**TEXT, "attention_type": "original_full"}, "BigBirdModel",
+          ids()),
+    Entry("perceiver", "PerceiverConfig",
+          {"num_latents": 6, "d_latents": 32, "d_model": 32, "num_blocks": 1,
+           "num_self_attends_per_block": 2,
+           "num_self_attention_heads": 4, "num_cross_attention_heads": 4}, "PerceiverModel",
+          draw(inputs=Floats((2, 12, 32)), attention_mask=Padding(2, 12))),
+    Entry("esm", "EsmConfig", {**TEXT, "mask_token_id": 4, "position_embedding_type": "rotary"},
+          "EsmModel", ids()),
+]
+
+DECODERS = [
+    _decoder("gpt2", "GPT2", _N),
+    _decoder("gpt_neo", "GPTNeo", TEXT, num_layers=2, num_heads=4,
+             attention_types=[[["global", "local"], 1]],
+             window_size=4),
+    _decoder("gpt_neox", "GPTNeoX"),
+    _decoder("gptj", "GPTJ", _N, rotary_dim=4),
+    _decoder("gpt_bigcode", "GPTBigCode", _N),
+    _decoder("codegen", "CodeGen", _N, rotary_dim=4),
+    _decoder("openai_gpt", "OpenAIGPT", _N),
+    _decoder("ctrl", "CTRL", {**_N, "dff": 64}),
+    _decoder("opt", "OPT", TEXT, ffn_dim=64, word_embed_proj_dim=32, do_layer_norm_before=True),
+    _decoder("bloom", "Bloom", TEXT, n_layer=2, n_head=4),
+    _decoder("mpt", "Mpt", {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2,
+                            "max_seq_len": 64}),
+    _decoder("falcon", "Falcon", TEXT, alibi=False),
+    _decoder("falcon_alibi", "Falcon", TEXT, alibi=True),
+    _decoder("llama", "Llama"),
+    _decoder("mistral", "Mistral", sliding_window=4),
+    _decoder("mixtral", "Mixtral", _MOE),
+    _decoder("gemma", "Gemma", head_dim=8),
+    _decoder("gemma2", "Gemma2", head_dim=8, sliding_window=4, query_pre_attn_scalar=8),
+    _decoder("gemma3", "Gemma3Text", model="Gemma3TextModel", head_dim=8, sliding_window=4),
+    _decoder("gpt_oss", "GptOss", _MOE, head_dim=8, sliding_window=4),
+    _decoder("qwen2", "Qwen2"),
+    _decoder("qwen2_moe", "Qwen2Moe", _MOE, shared_expert_intermediate_size=32),
+    _decoder("qwen3", "Qwen3", head_dim=8),
+    _decoder("phi", "Phi"),
+    _decoder("phi3", "Phi3"),
+    _decoder("cohere", "Cohere"),
+    _decoder("cohere2", "Cohere2", head_dim=8, sliding_window=4),
+    _decoder("olmo2", "Olmo2"),
+    _decoder("stablelm", "StableLm"),
+    _decoder("starcoder2", "Starcoder2"),
+    _decoder("persimmon", "Persimmon", TEXT),
+    _decoder("nemotron", "Nemotron"),
+    _decoder("granite", "Granite"),
+    _decoder("glm", "Glm", head_dim=8),
+    _decoder("deepseek_v2", "DeepseekV2", _MLA),
+    _decoder("deepseek_v3", "DeepseekV3", _MLA),
+    _decoder("diffllama", "DiffLlama"),
+    _decoder("doge", "Doge", head_dim=8),
+    _decoder("biogpt", "BioGpt", TEXT),
+    _decoder("xglm", "XGLM", {"vocab_size": VOCAB, "d_model": 32, "ffn_dim": 64, "num_layers": 2,
+                              "attention_heads": 4, "max_position_embeddings": 64}),
+    _decoder("llama4", "Llama4Text", {**_MOE, "intermediate_size_mlp": 64,
+                                      "attention_chunk_size": 4},
+             model="Llama4TextModel", head_dim=8),
+    _decoder("bitnet", "BitNet"),
+    _decoder("jetmoe", "JetMoe", {**_MOE, "kv_channels": 8, "num_key_value_heads": 2}),
+    Entry("decision_transformer", "DecisionTransformerConfig",
+          {**_N, "state_dim": 5, "act_dim": 3, "hidden_size": 32, "max_ep_len": 20},
+          "DecisionTransformerModel",
+          draw(states=Floats((2, 6, 5)), actions=Floats((2, 6, 3)), rewards=Floats((2, 6, 1)),
+               returns_to_go=Floats((2, 6, 1)), timesteps=Ints((2, 6), 0, 20),
+               attention_mask=Padding(2, 6))),
+]
+
+SEQ2SEQ = [
+    Entry("t5_encoder", "T5Config", _T5, "T5EncoderModel", ids()),
+    Entry("t5", "T5Config", _T5, "T5Model", seq2seq(use_cache=False)),
+    Entry("umt5", "UMT5Config", _T5, "UMT5Model", seq2seq(use_cache=False)),
+    Entry("longt5_local", "LongT5Config", {**_T5, "encoder_attention_type": "local",
+                                           "local_radius": 3},
+          "LongT5Model", seq2seq(use_cache=False)),
+    Entry("longt5_global", "LongT5Config", {**_T5, "encoder_attention_type": "transient-global",
+                                            "local_radius": 3, "global_block_size": 4},
+          "LongT5Model", seq2seq(use_cache=False)),
+    Entry("switch_transformers", "SwitchTransformersConfig",
+          {**_T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+          "SwitchTransformersModel", seq2seq(use_cache=False)),
+    _bart_like("bart", "Bart"),
+    _bart_like("mbart", "MBart"),
+    _bart_like("pegasus", "Pegasus"),
+    _bart_like("pegasus_x", "PegasusX", block_size=4, num_global_tokens=2),
+    _bart_like("marian", "Marian"),
+    _bart_like("blenderbot", "Blenderbot"),
+    _bart_like("m2m_100", "M2M100"),
+    Entry("fsmt", "FSMTConfig", {**_BART, "langs": ["en", "de"], "src_vocab_size": VOCAB,
+                                 "tgt_vocab_size": VOCAB},
+          "FSMTModel", seq2seq(use_cache=False)),
+    Entry("led", "LEDConfig", {**_BART, "attention_window": 4}, "LEDModel",
+          seq2seq(use_cache=False)),
+    Entry("prophetnet", "ProphetNetConfig",
+          {"vocab_size": VOCAB, "hidden_size": 32, "max_position_embeddings": 64, "pad_token_id": 0,
+           "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+           "num_decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+           "num_buckets": 8,
+           "relative_max_distance": 16}, "ProphetNetModel", seq2seq(use_cache=False)),
+    Entry("bigbird_pegasus", "BigBirdPegasusConfig", {**_BART, "attention_type": "original_full"},
+          "BigBirdPegasusModel", seq2seq(use_cache=False)),
+]
+
+ENTRIES: list[Entry] = [*ENCODERS, *DECODERS, *SEQ2SEQ]

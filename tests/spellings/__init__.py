@@ -1,0 +1,1 @@
+"""Programs that spell attention, or only look like it, and the tests that run them."""
