@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules import module as torch_module
-from torch.utils._device import DeviceContext
 
 from attnopt import logs
 from attnopt.calls import Call, CallReader
@@ -32,6 +30,7 @@ from attnopt.passes.capture_dynamo import compile_forward
 from attnopt.passes.guards import ValueGuard
 from attnopt.passes.options import Options
 from attnopt.progress import progress
+from attnopt.surroundings import global_hooks, inside_a_backward, outside
 from attnopt.variants import Variant
 
 HITS = "hits"
@@ -102,7 +101,7 @@ class Runtime:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.disabled or module.__dict__ is not self.home:
             return self.own_forward(module)(*args, **kwargs)
-        why = _outside()
+        why = outside()
         if why is not None:
             self.calls[why] += 1
             return self.own_forward(module)(*args, **kwargs)
@@ -171,12 +170,8 @@ class Runtime:
     def _moment(self) -> bool:
         """Whether this is no moment to capture: inside a backward or a checkpointed region (what
         ran forward must run again there), or with the parameters swapped out."""
-        if torch._C._current_graph_task_id() != -1:
-            return True
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            return True
-        return any(type(p) is torch.Tensor for m in self.model.modules()
-                   for p in m._parameters.values())
+        return inside_a_backward() or any(
+            type(p) is torch.Tensor for m in self.model.modules() for p in m._parameters.values())
 
     # -- capturing ----------------------------------------------------------------------------
 
@@ -199,7 +194,6 @@ class Runtime:
                 kind, key = self._keys(call)
             except TypeError:
                 kind, key = object(), object()
-            self._seen[key] += 1
             variant = self._try_capture(call, args, dict(kwargs), kind, key, at_once=True)
             if variant is not None:
                 return None
@@ -212,14 +206,16 @@ class Runtime:
             self._refused[key] = f"more than {MAX_VARIANTS} kinds of calls"
             return None
         try:
-            return self._capture(call, args, kwargs)
+            variant = self._capture(call, args, kwargs)
+            del self._seen[key]
+            return variant
         except CaptureError as error:
-            if error.transient and self._seen[key] <= 2:
+            if error.transient and self._seen[key] < 2:
                 self.note(f"not captured yet: {error.reason}")
                 return None
             self.note(f"not captured whole: {error.reason}")
             self._refused[key] = error.reason
-            if error.front_end and not _global_hooks():
+            if error.front_end and not global_hooks():
                 self._graph_by_graph.setdefault(kind, True)
         except Exception as error:  # a fault of ours must not stop the user's call
             self._refused[key] = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
@@ -228,7 +224,7 @@ class Runtime:
         return None
 
     def _capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
-        if _global_hooks():
+        if global_hooks():
             raise CaptureError("hooks on all modules are registered", front_end=False)
         shapes = self.dynamic_shapes if call.structure == self._dynamic_structure else None
         shapes = _named_shapes(shapes, self._reader, args, kwargs)
@@ -286,33 +282,6 @@ class Runtime:
 
 def _useful(rewritten: pipeline.Rewritten) -> bool:
     return any(getattr(site, "record", site).status == "rewritten" for site in rewritten.sites)
-
-
-def _outside() -> str | None:
-    """Why no variant may run here, whatever the call: somebody is tracing or transforming it."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "inside a torch.func transform"
-    if torch._C._len_torch_dispatch_stack():
-        return "inside a dispatch mode"
-    if torch._C._len_torch_function_stack() and not _only_devices():
-        return "inside a torch function mode"
-    if torch._C._get_tracing_state() is not None:
-        return "inside torch.jit.trace"
-    if _global_hooks():
-        return "hooks on all modules are registered"
-    return None
-
-
-def _only_devices() -> bool:
-    """Whether the only function mode is the default device, and that is the CPU's."""
-    modes = torch.overrides._get_current_function_mode_stack()
-    return all(type(m) is DeviceContext and m.device.type == "cpu" for m in modes)
-
-
-def _global_hooks() -> bool:
-    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-                or torch_module._global_backward_hooks
-                or torch_module._global_backward_pre_hooks)
 
 
 def _dense(leaf: Any) -> bool:

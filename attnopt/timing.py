@@ -91,7 +91,7 @@ class Comparison:
         text = (
             f"{self.names[0]} {format_seconds(base)}, {self.names[1]} {format_seconds(new)}: "
             f"{verdict} ({self._meaning} {low:.2f}x to {high:.2f}x; {len(self.ratios)} interleaved "
-            f"pairs, {clock}, {threads}, {self.device})")
+            f"pairs, {clock}, {threads}{'' if self.device == 'cpu' else ', ' + self.device})")
         if self.fallbacks:
             text += f"; {self.fallbacks} {self.names[1]} calls ran the module's own forward"
         return text

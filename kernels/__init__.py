@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from attnopt.ir.spec import Spec
 from attnopt.kernels import ops
 from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
 from attnopt.kernels.aten.sdpa import reasons as not_fused
 from attnopt.kernels.reference import reference
-
-from attnopt.ir.spec import Spec
 
 __all__ = ["ops", "reasons", "reference"]
 

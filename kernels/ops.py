@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, fx
+
 from attnopt.kernels.aten import bind
-from torch import Tensor
 
 __all__ = ["attend", "attention", "bind"]
 
@@ -49,6 +50,10 @@ def attend(spec: str, schedule: str, query: Tensor, key: Tensor, value: Tensor,
     Fused attention gives the strides that torch gives it, other lowerings a contiguous tensor.
     Raises ValueError for text that is no Spec and for a wrong number of operands.
     """
+    if isinstance(query, fx.Proxy):  # torch.fx rebuilds a pickled graph by tracing its code
+        traced: Tensor = query.tracer.create_proxy(
+            "call_function", attend, (spec, schedule, query, key, value, *operands), {})
+        return traced
     if torch.compiler.is_compiling():
         out: Tensor = attention(query, key, value, list(operands), spec, schedule)[0]
         return out

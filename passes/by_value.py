@@ -27,6 +27,8 @@ from attnopt.passes.logic import Logic
 #: Bytes of one tensor, and of all tensors alive, that an evaluation may make.
 LARGEST, TOTAL = 2**26, 2**28
 _BLOCK = 2**22
+#: Values up to this size are remembered.
+_KEPT = 2**22
 Function = Callable[[Logic, Expr, Expr], Expr]
 
 
@@ -89,7 +91,7 @@ class Values:
                 total += sum(t.nbytes for t in _tensors(done[n]))
                 if total > TOTAL:
                     raise LookupError(f"{node.name} takes more than {TOTAL >> 20} MB to evaluate")
-        if symbols is None:
+        if symbols is None and done[node].nbytes <= _KEPT:
             self._values[node] = done[node]
         return done[node]
 

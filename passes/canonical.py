@@ -96,9 +96,9 @@ def canonicalize(program: Program, site: Attention) -> Canonical:
     for operand in loaded.values():
         operand.node, operand.layout = bring(operand.node, operand.layout)
 
-    lead = resolve(site.lead)
+    lead = [part for dim in settle(site.lead) for part in ([(a,) for a in dim] or [()])]
     names = leading_axes(len(lead))
-    scores: Target = (*((a,) for a in lead), resolve(site.rows), resolve(site.keys))
+    scores: Target = (*lead, resolve(site.rows), resolve(site.keys))
     axis_names = (*names, "q", "k")
     declared = []
     tensors: dict[str, Tensor] = {}

@@ -11,9 +11,8 @@ for the graph to be right.
 from __future__ import annotations
 
 import contextlib
-import enum
-import functools
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,10 +27,12 @@ from torch.utils import _pytree as pytree
 
 from attnopt.errors import CaptureError
 from attnopt.ir.captured import Captured, Origin
+from attnopt.passes import observe
 from attnopt.passes.autocast import autocast_state, bake_autocast
 from attnopt.passes.guards import ValueGuard, private_copy
 from attnopt.passes.module_state import ModuleState
 from attnopt.passes.module_view import view_of
+from attnopt.passes.observe import PLAIN, observe_forward
 from attnopt.passes.regions import REGION, inline_regions
 from attnopt.passes.sizes import Sizes, sizes_of
 from attnopt.passes.watch import Watch
@@ -39,10 +40,10 @@ from attnopt.passes.watch import Watch
 #: torch.export patches global state, so captures of all models take turns
 CAPTURE_LOCK = threading.RLock()
 
-#: Python values that an argument may hold; any other object may have state of its own
-PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), slice, torch.dtype,
-         torch.device, torch.layout, torch.memory_format, enum.Enum)
 _TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
+_OWN_FRAME = re.compile(rf'File "{re.escape(observe.__file__)}", line \d+, in \w+\n    .*\n  ')
 
 
 @dataclass
@@ -117,7 +118,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     args, kwargs = pytree.tree_map_only(
         torch.Tensor, lambda t: _alias(t) if id(t) in held else t, (args, kwargs))
     found: list[CaptureError] = []
-    _observe_forward(view, watch, found)
+    observe_forward(view, watch, found)
     try:
         with _surroundings(), watch.watching():
             program = torch.export.export(view, args, kwargs, dynamic_shapes=dynamic_shapes,
@@ -136,66 +137,6 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     if watch.draws is not None:
         raise CaptureError(f"forward draws from {watch.draws}")
     return program
-
-
-def _observe_forward(view: nn.Module, watch: Watch, found: list[CaptureError]) -> None:
-    """Compare the view and the arguments' containers before and after the author's forward."""
-    if isinstance(view, fx.GraphModule):
-        return  # the tracer interprets its graph and never calls forward
-    original = view.forward
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        before, tensors = ModuleState(view), _tensor_slots(view)
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        watch.in_forward = True
-        try:
-            result = original(*args, **kwargs)
-        finally:
-            watch.in_forward = False
-        if not before.same_tree():
-            found.append(CaptureError("forward changes the model's modules", transient=True))
-        elif not before.same_values():
-            found.append(CaptureError(f"forward assigns self.{before.changed()}", transient=True))
-        for (name, then), (_, now) in zip(tensors, _tensor_slots(view), strict=False):
-            if then is not now:
-                found.append(CaptureError(f"forward assigns the buffer {name}"))
-        after, spec_after = pytree.tree_flatten((args, kwargs))
-        if spec != spec_after or any(a is not b for a, b in zip(flat, after, strict=True)):
-            found.append(CaptureError("forward changes a container that it was given"))
-        return _only_tensors(result, watch)
-
-    view.__dict__["forward"] = forward
-
-
-def _only_tensors(result: Any, watch: Watch) -> Any:
-    """The result as it is where a graph can return it, else the tensors in it."""
-    leaves = pytree.tree_leaves(result)
-    unknown = [leaf for leaf in leaves if not isinstance(leaf, (torch.Tensor, torch.SymInt,
-                                                                torch.SymFloat, *PLAIN))]
-    if not unknown:
-        return result
-    watch.opaque = type(unknown[0]).__name__
-    found: dict[int, torch.Tensor] = {}
-
-    def visit(value: Any, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
-            found[id(value)] = value
-        elif depth < 4 and isinstance(value, (list, tuple, dict)):
-            for entry in value.values() if isinstance(value, dict) else value:
-                visit(entry, depth + 1)
-        elif depth < 4 and isinstance(getattr(value, "__dict__", None), dict):
-            visit(value.__dict__, depth + 1)
-
-    for leaf in leaves:
-        visit(leaf, 0)
-    return tuple(found.values())
-
-
-def _tensor_slots(view: nn.Module) -> list[tuple[str, Any]]:
-    return [(f"{path}.{name}".lstrip("."), tensor) for path, module in view.named_modules()
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()]
 
 
 @contextlib.contextmanager
@@ -324,13 +265,17 @@ def _storage(tensor: torch.Tensor) -> Any:
 
 
 def _clean(module: fx.GraphModule) -> None:
-    """Drop the asserts on dtype and device (they fail after `.to()`), inline the regions."""
+    """Drop the asserts on dtype and device (they fail after `.to()`), inline the regions, and take
+    the observer's frame out of the stack traces."""
     for node in list(module.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
     if not inline_regions(module):
         for node in module.graph.nodes:
             node.meta[REGION] = ()
+    for node in module.graph.nodes:
+        if (trace := node.meta.get("stack_trace")) is not None:
+            node.meta["stack_trace"] = _OWN_FRAME.sub("", trace)
     bake_autocast(module, dict(autocast_state()))
     module.recompile()
 

@@ -9,7 +9,6 @@ All proofs are by bounding a polynomial from below; no answer means "not proved"
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,10 +18,22 @@ import torch
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.passes.polynomials import (
+    Number,
+    Poly,
+    add_constant,
+    constant_of,
+    factor_of,
+    floor_of,
+    join,
+    order,
+    plus,
+    product_of,
+    remove,
+    scaled,
+    times,
+)
 
-#: monomial (atoms in a fixed order) -> coefficient; the empty monomial is the constant
-Poly = dict[tuple[Any, ...], int]
-Number = int | float
 #: No (q, k) tensor has a longer axis: 2**24 squared elements fit in no memory.
 LONGEST = 2**24
 #: Steps of proof that one operand may take: some tens for causal, some hundreds for a window on a
@@ -32,36 +43,6 @@ _DEPTH = 6
 _ZERO, _ONE = E.const(0), E.const(1)
 #: Atoms whose value is that of one of their last two arguments.
 _CHOICES = ("minimum", "maximum", "where")
-
-
-@functools.lru_cache(maxsize=2**16)
-def _order(atom: Any) -> tuple[int, str]:
-    return (0 if isinstance(atom, Expr) and atom.op == "index" else 1, str(atom))
-
-
-def _plus(*polys: Poly) -> Poly:
-    total: Poly = {}
-    for poly in polys:
-        for monomial, c in poly.items():
-            total[monomial] = total.get(monomial, 0) + c
-    return {m: c for m, c in total.items() if c}
-
-
-def _times(a: Poly, b: Poly) -> Poly:
-    total: Poly = {}
-    for m, c in a.items():
-        for n, d in b.items():
-            monomial = tuple(sorted((*m, *n), key=_order))
-            total[monomial] = total.get(monomial, 0) + c * d
-    return {m: c for m, c in total.items() if c}
-
-
-def _scaled(a: Poly, factor: int) -> Poly:
-    return {m: c * factor for m, c in a.items()} if factor else {}
-
-
-def _constant(a: Poly) -> int | None:
-    return a.get((), 0) if set(a) <= {()} else None
 
 
 class Integers:
@@ -92,8 +73,8 @@ class Integers:
             node = symbolic[axis]
             for symbol in node.expr.free_symbols:
                 known = node.shape_env.var_to_range.get(symbol) if node.shape_env else None
-                lower = known.lower if known is not None else 1
-                self.least[symbol] = int(lower) if lower.is_Integer else 0
+                lower = known.lower if known is not None else None
+                self.least[symbol] = int(lower) if lower is not None and lower.is_Integer else 0
             unknown = [s for s in node.expr.free_symbols if s not in self.symbols]
             if len(unknown) == 1 and (node.expr - unknown[0]).has(unknown[0]) is False:
                 rest = self.of_sympy(node.expr - unknown[0])
@@ -160,13 +141,13 @@ class Integers:
                 case "const":
                     found = {(): e.value} if e.value else {}
                 case "add":
-                    found = _plus(self.poly(e.args[0]), self.poly(e.args[1]))
+                    found = plus(self.poly(e.args[0]), self.poly(e.args[1]))
                 case "sub":
-                    found = _plus(self.poly(e.args[0]), _scaled(self.poly(e.args[1]), -1))
+                    found = plus(self.poly(e.args[0]), scaled(self.poly(e.args[1]), -1))
                 case "neg":
-                    found = _scaled(self.poly(e.args[0]), -1)
+                    found = scaled(self.poly(e.args[0]), -1)
                 case "mul":
-                    found = _times(self.poly(e.args[0]), self.poly(e.args[1]))
+                    found = times(self.poly(e.args[0]), self.poly(e.args[1]))
                 case _:
                     found = {(e,): 1}
             self._polys[e] = found
@@ -179,23 +160,23 @@ class Integers:
         if minus is _ZERO:
             e = plus
         elif plus.op == "const":
-            e = _add(_join(self._terms(poly, -1), negative=True), poly.get((), 0))
+            e = add_constant(join(self._terms(poly, -1), negative=True), poly.get((), 0))
         else:
             rest = {m: c for m, c in poly.items() if m}
-            e = _add(E.call("sub", _join(self._terms(rest, 1)), _join(self._terms(rest, -1))),
+            e = add_constant(E.call("sub", join(self._terms(rest, 1)), join(self._terms(rest, -1))),
                      poly.get((), 0))
         self._polys.setdefault(e, poly)
         return e
 
     def halves(self, poly: Poly) -> tuple[Expr, Expr]:
         """(sum of the positive terms, minus the sum of the negative ones)."""
-        return (_join(self._terms(poly, 1), constant=max(poly.get((), 0), 0)),
-                _join(self._terms(poly, -1), constant=max(-poly.get((), 0), 0)))
+        return (join(self._terms(poly, 1), constant=max(poly.get((), 0), 0)),
+                join(self._terms(poly, -1), constant=max(-poly.get((), 0), 0)))
 
     @staticmethod
     def _terms(poly: Poly, sign: int) -> list[Expr]:
         terms = [(m, abs(c)) for m, c in poly.items() if m and c * sign > 0]
-        terms.sort(key=lambda t: [_order(a) for a in t[0]])
+        terms.sort(key=lambda t: [order(a) for a in t[0]])
         made = []
         for monomial, c in terms:
             term = monomial[0]
@@ -211,32 +192,32 @@ class Integers:
                 continue
             atom = monomial[0]
             x, d = atom.args
-            whole = _scaled(_times(self.poly(E.call("floordiv", x, d)), self.poly(d)), c)
+            whole = scaled(times(self.poly(E.call("floordiv", x, d)), self.poly(d)), c)
             if all(poly.get(m) == n for m, n in whole.items()):
-                rest = _plus(poly, {(atom,): -c}, _scaled(whole, -1), _scaled(self.poly(x), c))
+                rest = plus(poly, {(atom,): -c}, scaled(whole, -1), scaled(self.poly(x), c))
                 return self._recombine(rest)
         return poly
 
     def sum(self, terms: Iterable[Expr]) -> Expr:
-        return self.build(_plus(*map(self.poly, terms)))
+        return self.build(plus(*map(self.poly, terms)))
 
     def product(self, factors: Iterable[Expr]) -> Expr:
         total: Poly = {(): 1}
         for f in factors:
-            total = _times(total, self.poly(f))
+            total = times(total, self.poly(f))
         return self.build(total)
 
     def add(self, a: Expr, b: Expr) -> Expr:
         return self.sum((a, b))
 
     def sub(self, a: Expr, b: Expr) -> Expr:
-        return self.build(_plus(self.poly(a), _scaled(self.poly(b), -1)))
+        return self.build(plus(self.poly(a), scaled(self.poly(b), -1)))
 
     def mul(self, a: Expr, b: Expr) -> Expr:
         return self.product((a, b))
 
     def neg(self, a: Expr) -> Expr:
-        return self.build(_scaled(self.poly(a), -1))
+        return self.build(scaled(self.poly(a), -1))
 
     # -- division and extremes --------------------------------------------------------------
     def _split(self, a: Expr, d: Expr) -> tuple[Poly, Poly]:
@@ -246,20 +227,20 @@ class Integers:
         rest: Poly = {}
         for monomial, c in self.poly(a).items():
             left = list(monomial)
-            if len(divisor) == 1 and c % divisor[0][1] == 0 and _remove(left, divisor[0][0]):
+            if len(divisor) == 1 and c % divisor[0][1] == 0 and remove(left, divisor[0][0]):
                 quotient[tuple(left)] = c // divisor[0][1]
             elif len(divisor) == 1 and not divisor[0][0] and not monomial:
                 quotient[()], rest[()] = divmod(c, divisor[0][1])
             else:
                 rest[monomial] = c
-        return _plus(quotient), _plus(rest)
+        return plus(quotient), plus(rest)
 
     def floordiv(self, a: Expr, d: Expr) -> Expr:
         """a // d; a positive divisor is divided out of the terms that have it as a factor."""
         if a.op == d.op == "const" or not self.nonneg(self.sub(d, _ONE)):
             return E.call("floordiv", a, d)
         quotient, rest = self._split(a, d)
-        return self.build(_plus(quotient, self.poly(self._floordiv(self.build(rest), d))))
+        return self.build(plus(quotient, self.poly(self._floordiv(self.build(rest), d))))
 
     def _floordiv(self, a: Expr, d: Expr) -> Expr:
         if self._within(a, d):
@@ -293,7 +274,7 @@ class Integers:
         if self.nonneg(negated):
             return negated
         # |q - k| and |k - q| are one: the form whose first term is positive.
-        first = min((m for m in self.poly(a) if m), key=lambda m: [_order(x) for x in m])
+        first = min((m for m in self.poly(a) if m), key=lambda m: [order(x) for x in m])
         return E.call("abs", a if self.poly(a)[first] > 0 else negated)
 
     # -- bounds and signs -------------------------------------------------------------------
@@ -308,7 +289,7 @@ class Integers:
         low: Number = 0
         high: Number = 0
         for monomial, c in p.items():
-            lo, hi = _product([self._atom_bounds(a) for a in monomial])
+            lo, hi = product_of([self._atom_bounds(a) for a in monomial])
             lo, hi = (lo * c, hi * c) if c > 0 else (hi * c, lo * c)
             low, high = low + lo, high + hi
         return low, high
@@ -338,7 +319,7 @@ class Integers:
             case "mod" if lo2 > 0:
                 return (0, hi2 - 1)
             case "floordiv" if lo2 > 0:
-                return (_floor(lo, lo2 if lo < 0 else hi2), _floor(hi, lo2 if hi > 0 else hi2))
+                return (floor_of(lo, lo2 if lo < 0 else hi2), floor_of(hi, lo2 if hi > 0 else hi2))
         return (-math.inf, math.inf)
 
     def nonneg(self, e: Expr) -> bool:
@@ -351,16 +332,16 @@ class Integers:
             raise LookupError("too much to prove")
         if self._poly_bounds(p)[0] >= 0:
             return True
-        atoms = sorted({a for m in p for a in m}, key=_order)
+        atoms = sorted({a for m in p for a in m}, key=order)
         cases = [a for a in atoms if a.op in _CHOICES and sum(a in m for m in p) == 1]
         if depth == 0 or not cases and all(
                 a.op != "size" and self._atom_bounds(a)[1] < LONGEST - 1 for a in atoms):
             return False  # intervals say all there is to say
         for atom in cases:
-            factor, rest = _factor(p, atom)
-            rising = _constant(factor)
+            factor, rest = factor_of(p, atom)
+            rising = constant_of(factor)
             if rising is not None:
-                sides = (self._nonneg(_plus(_times(factor, self.poly(x)), rest), depth - 1)
+                sides = (self._nonneg(plus(times(factor, self.poly(x)), rest), depth - 1)
                          for x in atom.args[-2:])
                 if atom.op == "where" or (atom.op == "minimum") == (rising > 0):
                     return all(sides)
@@ -369,14 +350,14 @@ class Integers:
         for atom in atoms:
             if atom.op == "size" or atom.op in _CHOICES or any(m.count(atom) > 1 for m in p):
                 continue
-            factor, rest = _factor(p, atom)
+            factor, rest = factor_of(p, atom)
             rises = self._nonneg(factor, depth - 1)
-            if not rises and not self._nonneg(_scaled(factor, -1), depth - 1):
+            if not rises and not self._nonneg(scaled(factor, -1), depth - 1):
                 continue
             extreme = self._extreme(atom, rises)
             if extreme is not None:
-                return self._nonneg(_plus(_times(factor, self.poly(extreme)), rest), depth - 1)
-        return any(self._sizes_nonneg(_plus(p, _scaled(fact, -1))) for fact in ({}, *self._facts))
+                return self._nonneg(plus(times(factor, self.poly(extreme)), rest), depth - 1)
+        return any(self._sizes_nonneg(plus(p, scaled(fact, -1))) for fact in ({}, *self._facts))
 
     def _extreme(self, atom: Expr, lowest: bool) -> Expr | None:
         """The least or the greatest value of an atom, as an Expr."""
@@ -401,55 +382,8 @@ class Integers:
                 for inner, d in self._sizes.get(atom, {(atom,): 1}).items():
                     part: Poly = {(): d}
                     for symbol in inner:
-                        part = _times(part, {(symbol,): 1, (): self.least.get(symbol, 1)})
-                    shifted = _plus(shifted, part)
-                term = _times(term, shifted)
-            total = _plus(total, term)
+                        part = times(part, {(symbol,): 1, (): self.least.get(symbol, 1)})
+                    shifted = plus(shifted, part)
+                term = times(term, shifted)
+            total = plus(total, term)
         return all(c >= 0 for c in total.values())
-
-
-def _add(e: Expr, constant: int) -> Expr:
-    return E.call("sub", e, -constant) if constant < 0 else E.call("add", e, constant)
-
-
-def _join(terms: list[Expr], constant: int = 0, negative: bool = False) -> Expr:
-    if not terms:
-        return E.const(constant)
-    total = E.call("neg", terms[0]) if negative else terms[0]
-    for t in terms[1:]:
-        total = E.call("sub" if negative else "add", total, t)
-    return _add(total, constant) if constant else total
-
-
-def _remove(items: list[Any], those: tuple[Any, ...]) -> bool:
-    for x in those:
-        if x not in items:
-            return False
-        items.remove(x)
-    return True
-
-
-def _factor(p: Poly, atom: Expr) -> tuple[Poly, Poly]:
-    """(f, rest) with p = f * atom + rest, for an atom that is nowhere squared."""
-    return ({_without(m, atom): c for m, c in p.items() if atom in m},
-            {m: c for m, c in p.items() if atom not in m})
-
-
-def _without(monomial: tuple[Any, ...], atom: Any) -> tuple[Any, ...]:
-    at = monomial.index(atom)
-    return monomial[:at] + monomial[at + 1 :]
-
-
-def _floor(a: Number, b: Number) -> Number:
-    if math.isinf(a):
-        return a
-    return a // b if not math.isinf(b) else (0 if a >= 0 else -1)
-
-
-def _product(intervals: list[tuple[Number, Number]]) -> tuple[Number, Number]:
-    low: Number = 1
-    high: Number = 1
-    for lo, hi in intervals:
-        ends = [0 if 0 in (a, b) else a * b for a in (low, high) for b in (lo, hi)]
-        low, high = min(ends), max(ends)
-    return low, high

@@ -9,7 +9,7 @@ a tensor with a known layout to the dimensions a Spec wants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from attnopt.passes.axes import (
     Layout,
     axes_of,
     broadcast,
-    length,
     product,
+    quotient,
     reshape,
     resolve,
     same_length,
@@ -114,7 +114,6 @@ def _unrepeat(layout: Layout, shape: Sequence[Any], *, repeats_first: bool) -> L
         else:
             whole = Axis(product(axes))
             whole.become(axes)
-            from attnopt.passes.axes import quotient
             count = quotient(product(axes), size)
             if count is None:
                 raise Decline("a repetition does not divide its axis")
@@ -163,24 +162,60 @@ def strip(node: fx.Node, layout: Layout, allowed: Callable[[fx.Node], bool]) -> 
 
 
 class Arranger:
-    """Emits view operations in front of a node of the author's graph."""
+    """Emits view operations and calls into a graph, each with a fake value of the right shape.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    The shapes are computed here. Running the operations on the capture's own fake tensors would
+    let them ask questions about symbolic sizes, and an answer would fix a size for good.
+    """
+
+    def __init__(self, graph: fx.Graph, like: fx.Node, fixed: Mapping[Axis, int]) -> None:
         self.graph = graph
+        self.like = like
+        self.fixed = fixed
         self.emitted: list[fx.Node] = []
         self.lengths: dict[Any, fx.Node] = {}  # symbolic length -> node that computes it
+        self.symbolic: dict[Any, torch.SymInt] = {}
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, shape: Sequence[Any] | None = None,
+             dtype: torch.dtype | None = None) -> fx.Node:
         node = self.graph.call_function(target, args)
+        for name in ("stack_trace", "nn_module_stack", "attnopt_region"):
+            if name in self.like.meta:
+                node.meta[name] = self.like.meta[name]
+        if shape is not None:
+            node.meta["val"] = self._fake(shape, dtype)
         self.emitted.append(node)
         return node
 
+    def _fake(self, shape: Sequence[Any], dtype: torch.dtype | None) -> torch.Tensor:
+        like = self.like.meta["val"]
+        sizes = [s if isinstance(s, int) else self._symint(s) for s in shape]
+        with like.fake_mode:
+            return like.new_empty(sizes, dtype=dtype or like.dtype)
+
+    def _symint(self, size: Any) -> torch.SymInt:
+        if size not in self.symbolic:
+            env = self.like.meta["val"].fake_mode.shape_env
+            self.symbolic[size] = env.create_symintnode(size, hint=None)
+        return self.symbolic[size]
+
     def learn(self, node: fx.Node, layout: Layout) -> None:
         """Note where symbolic lengths can be read off."""
-        for dim, axes in enumerate(settle(layout)):
-            for size in {product(axes)} if axes else ():
-                if not isinstance(size, int) and size not in self.lengths:
-                    self.lengths[size] = self.call(aten.sym_size.int, node, dim)
+        for dim, (axes, raw) in enumerate(zip(settle(layout), node.meta["val"].shape,
+                                              strict=True)):
+            size = product(axes)
+            if not isinstance(size, int) and size not in self.lengths:
+                self.symbolic[size] = raw
+                found = self.call(aten.sym_size.int, node, dim)
+                found.meta["val"] = raw
+                self.lengths[size] = found
+
+    def sizes(self, wanted: Sequence[Any]) -> list[Any]:
+        """Dimension lengths as arguments; one symbolic length may be left to torch as -1."""
+        unknown = [i for i, w in enumerate(wanted) if not isinstance(w, int)]
+        if len(unknown) == 1:
+            return [-1 if i in unknown else w for i, w in enumerate(wanted)]
+        return [self.length(w) for w in wanted]
 
     def length(self, size: Any) -> Any:
         if isinstance(size, int):
@@ -189,60 +224,58 @@ class Arranger:
             raise Decline(f"the length {size} cannot be computed from the operands")
         return self.lengths[size]
 
-    def sizes(self, groups: Sequence[Sequence[Axis]]) -> list[Any]:
-        """Dimension lengths; one symbolic length may be left to torch as -1."""
-        wanted = [product(g) for g in groups]
-        unknown = [i for i, w in enumerate(wanted) if not isinstance(w, int)]
-        if len(unknown) == 1:
-            wanted[unknown[0]] = -1
-            return wanted
-        return [self.length(w) for w in wanted]
-
-    def arrange(self, node: fx.Node, layout: Layout, target: Sequence[tuple[Axis, ...]],
-                keep: Sequence[bool] | None = None) -> fx.Node:
+    def arrange(self, node: fx.Node, layout: Layout,
+                target: Sequence[tuple[Axis, ...]]) -> fx.Node:
         """A view of `node` whose dimensions are `target`; axes it lacks get length 1.
 
         Where `node` holds only some axes of a target dimension the others are expanded.
         """
         layout, goal = settle(layout), [resolve(t) for t in target]
         have = axes_of(layout)
-        extra = have - {a for dim in goal for a in dim}
+        extra = have - {a for dim in goal for a in dim} - set(self.fixed)
         if extra:
-            raise Decline(f"an operand varies along axes {sorted(map(str, extra))} "
-                          "that the scores do not have")
-        atoms = [a for dim in layout for a in dim]
+            raise Decline("an operand varies along an axis that the scores do not have", node)
+        dtype = node.meta["val"].dtype
+
+        def emit(op: Any, *args: Any, dims: Sequence[Axis | None]) -> fx.Node:
+            return self.call(op, node, *args, shape=[1 if a is None else a.size for a in dims],
+                             dtype=dtype)
+
+        dims: list[Axis | None] = [a for dim in layout for a in (dim or (None,))]
         if any(len(dim) > 1 for dim in layout):
-            node = self.call(aten.reshape.default, node, self.sizes([(a,) for a in atoms]))
-            dims: list[Axis | None] = list(atoms)
+            node = emit(aten.reshape.default,
+                        self.sizes([1 if a is None else a.size for a in dims]), dims=dims)
+        for i in reversed([i for i, a in enumerate(dims) if a in self.fixed]):
+            number = self.fixed[dims.pop(i)]  # type: ignore[index]
+            node = emit(aten.select.int, i, number, dims=dims)
+        # Every target dimension as the atoms it is made of; None where `node` has length 1.
+        parts = [[a if a in have else None for a in dim] if have & set(dim) else [None]
+                 for dim in goal]
+        wanted = [a for part in parts for a in part]
+        for i in reversed([i for i, a in enumerate(dims) if a is None]):
+            if dims.count(None) > wanted.count(None):
+                del dims[i]
+                node = emit(aten.squeeze.dim, i, dims=dims)
+        spare = iter([i for i, a in enumerate(dims) if a is None])
+        order = [dims.index(a) if a is not None else next(spare, None) for a in wanted]
+        held = [i for i in order if i is not None]
+        if held != sorted(held):
+            dims = [dims[i] for i in held]
+            node = emit(aten.permute.default, held, dims=dims)
         else:
-            dims = [dim[0] if dim else None for dim in layout]
-        for i in reversed([i for i, axis in enumerate(dims) if axis is None]):
-            node = self.call(aten.squeeze.dim, node, i)
-            del dims[i]
-        order = [dims.index(a) for dim in goal for a in dim if a in have]
-        if order != sorted(order):
-            node = self.call(aten.permute.default, node, order)
-        present = [[a for a in dim if a in have] for dim in goal]
-        position = 0
-        for full, held in zip(goal, present, strict=True):
-            if not held:
-                node = self.call(aten.unsqueeze.default, node, position)
-                position += 1
-            elif len(held) == len(full):
-                position += len(held)
-            else:
-                for axis in full:
-                    if axis not in have:
-                        node = self.call(aten.unsqueeze.default, node, position)
-                    position += 1
-        partial = [h for f, h in zip(goal, present, strict=True) if h and len(h) < len(f)]
-        if partial:
-            shape: list[Any] = []
-            for full, held in zip(goal, present, strict=True):
-                shape += [1] if not held else [self.length(a.size) for a in full]
-            node = self.call(aten.expand.default, node, shape)
-        if any(len(h) > 1 or (h and len(h) < len(f))
-               for f, h in zip(goal, present, strict=True)):
-            groups = [f if h else () for f, h in zip(goal, present, strict=True)]
-            node = self.call(aten.reshape.default, node, self.sizes(groups))
+            dims = [dims[i] for i in held]
+        for i, source_dim in enumerate(order):
+            if source_dim is None:
+                dims.insert(i, None)
+                node = emit(aten.unsqueeze.default, i, dims=dims)
+        if any(None in part and len(part) > 1 for part in parts):
+            dims = [a for dim, part in zip(goal, parts, strict=True)
+                    for a in (dim if part != [None] else (None,))]
+            node = emit(aten.expand.default, [1 if a is None else self.length(a.size)
+                                              for a in dims], dims=dims)
+        if any(len(part) > 1 for part in parts):
+            shape = [product(dim) if part != [None] else 1
+                     for dim, part in zip(goal, parts, strict=True)]
+            node = self.call(aten.reshape.default, node, self.sizes(shape), shape=shape,
+                             dtype=dtype)
         return node

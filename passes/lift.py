@@ -1,10 +1,9 @@
 """Lift a tensor of the graph to an index function: its element at given indices, as an `Expr`.
 
 `Lifter.lift(node, indices)` walks up from `node`, turning views and gathers into substitutions in
-the indices and pointwise operations into expressions (`lift_views`, `lift_values`: one rule per
-op). What it returns is exactly the value: float arithmetic is folded on constants in the author's
-own types, whole numbers are used only where the type holds them, and anything that would round is
-not lifted.
+the indices and pointwise operations into expressions (`lift_rules`: one rule per op). What it
+returns is exactly the value: float arithmetic is folded on constants in the author's own types,
+whole numbers are used only where the type holds them, and anything that would round is not lifted.
 
 The rule that makes it total: a node that cannot be lifted becomes a load of that node where its
 index does not contain both q and k, so it is cut where the data is O(N), never where it is O(N^2).
@@ -118,8 +117,8 @@ class Lifter:
         self.nodes: dict[str, fx.Node] = {}
         self.logic: Logic = _SiteLogic(lengths, graph, self.nodes)
         self.values = values or Values(kind_of, value_of)
-        #: the last node, and its indices, whose element each expression is
-        self.found_at: dict[Expr, tuple[fx.Node, Index]] = {}
+        #: nodes, with indices, whose element each expression is; outer nodes after inner ones
+        self.found_at: dict[Expr, dict[fx.Node, Index]] = {}
         self._memo: dict[tuple[fx.Node, Index], tuple[Expr | Unliftable, frozenset[str]]] = {}
         self._guards: set[str] = set()
 
@@ -160,9 +159,10 @@ class Lifter:
         if key not in self._memo:
             outer, self._guards = self._guards, set()
             try:
-                result: Expr | Unliftable = self._element(node, idx)
-                if _axes(idx) <= result.indices:
-                    self.found_at[result] = key
+                e = self._element(node, idx)
+                result: Expr | Unliftable = e
+                if _axes(idx) <= e.indices:
+                    self.found_at.setdefault(e, {})[node] = idx
             except Unliftable as why:
                 result = why
             except RecursionError:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from attnopt.ir.expr import Expr
-from attnopt.passes.lift_values import VALUES, fold_pointwise
+from attnopt.passes.lift_arithmetic import ARITHMETIC
+from attnopt.passes.lift_gathers import GATHERS
+from attnopt.passes.lift_types import fold_pointwise
+from attnopt.passes.lift_values import VALUES
 from attnopt.passes.lift_views import VIEWS
 
-RULES: dict[str, Callable[..., Expr]] = {**VIEWS, **VALUES}
+RULES: dict[str, Callable[..., Expr]] = {**VIEWS, **GATHERS, **VALUES, **ARITHMETIC}
 __all__ = ["RULES", "fold_pointwise"]

@@ -16,7 +16,8 @@ import torch
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.passes.integers import Integers, Poly
+from attnopt.passes.integers import Integers
+from attnopt.passes.polynomials import Poly
 
 TRUE, FALSE = E.TRUE, E.FALSE
 _ZERO = E.const(0)
@@ -226,8 +227,8 @@ class Logic(Integers):
         if a.op == b.op == "const":
             return E.call(op, a, b)
         if a.op == "float" and b.op == "float":
-            pair = a.args[0], b.args[0]
-            return (op, *pair) if all(x.dtype == E.INT for x in pair) else None
+            x, y = a.args[0], b.args[0]
+            return (op, x, y) if x.dtype == y.dtype == E.INT else None
         flipped = a.op == "const"
         number, c = (b, a.value) if flipped else (a, b.value)
         if (b if not flipped else a).op != "const" or number.op != "float" \
@@ -242,8 +243,8 @@ class Logic(Integers):
             return E.const(op == "ne")
         if c != int(c):  # i < 3.5 is i <= 3, and 3.5 < i is 4 <= i
             op, c = "le", math.ceil(c) if flipped else math.floor(c)
-        pair = (E.const(int(c)), number.args[0])
-        return (op, *pair) if flipped else (op, *reversed(pair))
+        left, right = E.const(int(c)), number.args[0]
+        return (op, left, right) if flipped else (op, right, left)
 
     def at_least_zero(self, e: Expr) -> Expr:
         """e >= 0, as a constant or one canonical comparison or a connective of such."""

@@ -9,6 +9,7 @@ loads stay tables with explicit indices.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,10 @@ from torch import fx
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Band, Causal, KeyKeep, Mask, Prefix, Segments, Where, Windows
-from attnopt.passes.integers import Poly
+from attnopt.passes.by_value import cone
 from attnopt.passes.lift import Index, Layout, Lifter
 from attnopt.passes.logic import literals
+from attnopt.passes.polynomials import Poly
 
 _Q, _K = E.index("q"), E.index("k")
 
@@ -37,10 +39,11 @@ class Load:
 
 
 class Reader:
-    """Reads predicates of one site; `loads` collects the operands of all masks it made."""
+    """Reads predicates of one operand; `loads` collects what all the masks it made load."""
 
-    def __init__(self, lifter: Lifter) -> None:
+    def __init__(self, lifter: Lifter, operand: fx.Node) -> None:
         self.lifter, self.logic = lifter, lifter.logic
+        self.operand = operand
         self.loads: dict[str, Load] = {}
 
     # -- operands ---------------------------------------------------------------------------
@@ -93,7 +96,7 @@ class Reader:
         parts = literals(e, "and")
         upper = [c for p in parts if (c := self.beyond(p, 1)) is not None]
         lower = [c for p in parts if (c := self.beyond(p, -1)) is not None]
-        found = ALL
+        found: Mask = ALL
         if len(upper) == len(lower) == 1:
             found, upper = Band(self.logic.neg(lower[0]), upper[0]), []
             parts = [p for p in parts if self.beyond(p, -1) is None]
@@ -157,10 +160,21 @@ class Reader:
 
     def key_vector(self, e: Expr) -> str | None:
         """A slot for a bool tensor of the graph whose element `e` is."""
-        node, idx = self.lifter.found_at.get(e, (None, ()))
-        if node is None and e.op == "load":
-            node, idx = self.lifter.nodes[e.value], e.args
-        if node is None or node.meta["val"].dtype != torch.bool:
-            return None
-        layout = self.layout(node, idx)
-        return self.slot(node, layout) if layout is not None and "k" in layout else None
+        for node, layout in self.nodes_of(e):
+            if node.meta["val"].dtype == torch.bool and "k" in layout:
+                return self.slot(node, layout)
+        return None
+
+    def nodes_of(self, e: Expr) -> Iterator[tuple[fx.Node, Layout]]:
+        """Nodes of the operand's own cone whose element `e` is, outermost first, with layouts."""
+        found = list(self.lifter.found_at.get(e, {}).items())
+        if e.op == "load":
+            found.insert(0, (self.lifter.nodes[e.value], e.args))
+        for node, idx in reversed(found):
+            layout = self.layout(node, idx)
+            if layout is not None and node in self.cone:
+                yield node, layout
+
+    @functools.cached_property
+    def cone(self) -> frozenset[fx.Node]:
+        return frozenset(cone(self.operand, {}))

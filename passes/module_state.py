@@ -2,8 +2,8 @@
 
 A captured graph is right for the Python state that the author's code read: the submodules, their
 classes and hooks, training flags, numbers, lists and configuration objects. All of it is compared
-at each call. Two tuples of the same objects compare equal in a few nanoseconds an entry, so that the
-whole tree costs about a third of a microsecond a module.
+at each call. Two tuples of the same objects compare equal in a few nanoseconds an entry, so that
+the whole tree costs about a third of a microsecond a module.
 
 Tensors are not compared here by value or identity, except those that lie in plain attributes:
 parameters and buffers are looked up by name at each call and checked there.

@@ -274,31 +274,27 @@ def _returns_view(node: fx.Node, first: fx.Node) -> bool:
     if name == "to":
         copy = node.kwargs.get("copy") or any(a is True for a in node.args[3:])
         return new.dtype == old.dtype and new.device == old.device and not copy
-    if name == "contiguous":
-        return bool(old.is_contiguous())
-    if name in ("reshape", "flatten", "reshape_as", "unflatten"):
-        try:
-            return torch._prims_common.is_same_shape(old.shape, new.shape) or _viewable(old, new)
-        except Exception:  # data-dependent strides: as if shared, which only forgoes rewrites
-            return True
-    return True
-
-
-def _viewable(old: torch.Tensor, new: torch.Tensor) -> bool:
-    if old.is_contiguous():
+    if name not in ("contiguous", "reshape", "flatten", "reshape_as", "unflatten"):
         return True
-    shape = [int(s) for s in old.shape]
-    stride = [int(s) for s in old.stride()]
+    if not _static(old) or not _static(new):
+        return True  # asking strides with symbols would fix a length for good; see _undecided
+    if name == "contiguous":
+        return old.is_contiguous()
     try:
-        torch.empty_strided(shape, stride, device="meta").view([int(s) for s in new.shape])
+        torch.empty_strided(old.shape, old.stride(), device="meta").view(new.shape)
     except RuntimeError:
         return False
     return True
 
 
+def _static(tensor: torch.Tensor) -> bool:
+    return all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride()))
+
+
 def _undecided(node: fx.Node) -> bool:
-    return op_name(node) in ("reshape", "flatten") and not all(
-        isinstance(s, int) for s in node.meta["val"].shape)
+    """May the node copy or share, depending on symbolic lengths?"""
+    return op_name(node) in ("contiguous", "reshape", "flatten", "reshape_as", "unflatten") \
+        and not (_static(node.meta["val"]) and _static(node.args[0].meta["val"]))  # type: ignore
 
 
 def _functional_overload(node: fx.Node) -> Any:

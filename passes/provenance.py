@@ -210,7 +210,7 @@ class _Study:
 
     def finding(self, term: Term, lifted: Lifted, keep: Expr, rest: tuple[Term, ...],
                 fills: list[float] | None) -> Finding:
-        reader = Reader(self.lifter)
+        reader = Reader(self.lifter, term.node)
         mask = reader.mask(keep)
         loads = {s: x for s, x in reader.loads.items() if s in mask.slots}
         kept = self.rows_kept([mask], keep)
@@ -236,7 +236,7 @@ class _Study:
             keep = self.keeps(lifted.expr)
             return self.finding(term, lifted, keep, (), fills)
         if fills and not levels and len(varying) == 1:
-            rest = self.term_of(varying[0])
+            rest = self.term_of(varying[0], term.node)
             if rest is not None:
                 return self.finding(term, lifted, self.keeps(lifted.expr), (rest,), fills)
         if len(numbers) == len(leaves):
@@ -250,13 +250,12 @@ class _Study:
             return self.logic.choose(condition, self.keeps(yes), self.keeps(no))
         return E.const(e.op != "const" or e.value > MASKING)
 
-    def term_of(self, e: Expr) -> Term | None:
-        """The tensor of the graph whose element `e` is, as an additive term."""
-        node, idx = self.lifter.found_at.get(e, (None, ()))
-        if node is None or not node.meta["val"].dtype.is_floating_point:
-            return None
-        layout = Reader(self.lifter).layout(node, idx)
-        return None if layout is None else Term(node, layout, "additive")
+    def term_of(self, e: Expr, operand: fx.Node) -> Term | None:
+        """The tensor that `operand` is made of whose element `e` is, as an additive term."""
+        for node, layout in Reader(self.lifter, operand).nodes_of(e):
+            if node.meta["val"].dtype.is_floating_point:
+                return Term(node, layout, "additive")
+        return None
 
     # -- what follows -----------------------------------------------------------------------
     def rows_kept(self, masks: list[Mask], keep: Expr | None = None) -> bool:

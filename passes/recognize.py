@@ -35,7 +35,9 @@ Operand = tuple[fx.Node, Layout]
 class Attention:
     """One attention, by nodes of the functional view, each with its layout.
 
-    lead, rows, keys, inner, columns: the axes of (*L, Q, K), of head_dim and of V's head_dim.
+    lead, rows, keys, inner, columns: the axes of (*L, Q, K), of head_dim and of V's head_dim;
+    a leading dimension of length 1 holds none.
+    fixed: axes along which every operand is read at one index only.
     """
 
     anchor: fx.Node
@@ -45,7 +47,7 @@ class Attention:
     query: Operand
     key: Operand
     value: Operand
-    lead: tuple[Axis, ...]
+    lead: Layout
     rows: tuple[Axis, ...]
     keys: tuple[Axis, ...]
     inner: tuple[Axis, ...]
@@ -70,6 +72,7 @@ class Attention:
     escapes: list[fx.Node] = field(default_factory=list)
     #: author's own fused call, if it was one
     sdpa: bool = False
+    fixed: dict[Axis, int] = field(default_factory=dict)
     detached: bool = False
 
     @property
@@ -625,12 +628,29 @@ def _assemble(program: Program, second: Contraction, weights: Operand, values: O
             axes_of(o.layout) for o in operands.values() if o.role == "score"))
         free = [a for a in p_axes if a not in keys and a not in bound]
         rows = tuple(free[-1:])
-    lead = tuple(a for a in p_axes if a not in keys and a not in rows)
+    lead = _lead(p_layout, keys, rows)
     return Attention(second.node, second.node, second.out_layout,
                      raw.kind if raw is not None else "key", query, key, values, lead, rows,
                      k_axes, inner, columns, normalizer.logits, normalizer,
                      operands=operands, vector=vector,
                      interior=list(dict.fromkeys([*reader.interior, *second.inner])))
+
+
+def _lead(layout: Layout, keys: frozenset[Axis], rows: tuple[Axis, ...]) -> Layout:
+    """The leading dimensions of the weights, in their order, those of length 1 too.
+
+    Rows or keys of length 1 have a dimension as well; it is the last of those without an axis.
+    """
+    dims = []
+    for dim in layout:
+        left = tuple(a for a in dim if a not in keys and a not in rows)
+        if left or not dim:
+            dims += [(a,) for a in left] or [()]
+    for missing in (not keys, not rows):
+        empty = [i for i, dim in enumerate(dims) if not dim]
+        if missing and empty:
+            del dims[empty[-1]]
+    return tuple(dims)
 
 
 def _rows(raw: RawScore, p_axes: list[Axis], query: frozenset[Axis], fixed: frozenset[Axis],

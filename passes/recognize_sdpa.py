@@ -51,7 +51,8 @@ def read_sdpa(program: Program, node: fx.Node) -> Attention:
     site = Attention(
         node, node, (*batch, (rows,), (columns,)), "dot", (query, q_layout),
         (key, (*key_batch, (keys,), (inner,))), (value, (*value_batch, (keys,), (columns,))),
-        tuple(a for dim in settle(batch) for a in dim), settle(((rows,),))[0],
+        tuple((a,) for dim in settle(batch) for a in dim) if args.get("enable_gqa") else
+        settle(batch), settle(((rows,),))[0],
         settle(((keys,),))[0], settle(((inner,),))[0], settle(((columns,),))[0], logits,
         Normalizer("softmax", False, logits, E.weight), operands=operands, sdpa=True,
         dropout=float(args.get("dropout_p", 0.0)), causal=bool(args.get("is_causal", False)),

@@ -11,13 +11,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.passes.axes import axes_of, settle
+from attnopt.passes.axes import product, resolve, settle
 from attnopt.passes.canonical import Canonical, Tensor
 from attnopt.passes.layout import Arranger
 from attnopt.passes.normalize import View, _aliased, op_name, writes
@@ -40,20 +39,22 @@ def substitute(graph: fx.Graph, view: View,
     """Emit the calls for sites that share one end (their results are added), without re-wiring."""
     site = parts[0][0].site
     end = view.author[site.end]
+    dtype = end.meta["val"].dtype
     with graph.inserting_before(end):
-        arranger = Arranger(graph)
-        results = [_call(arranger, view, *part) for part in parts]
+        arranger = Arranger(graph, end, dict(parts[0][0].site.fixed))
+        results = []
+        for canonical, spec, schedule in parts:
+            arranger.fixed = canonical.site.fixed
+            results.append(_call(arranger, view, canonical, spec, schedule))
         total = results[0]
+        shape = [product(dim) for dim in map(resolve, parts[0][0].result)]
         for other in results[1:]:
-            total = arranger.call(aten.add.Tensor, total, other)
-        canonical = parts[0][0]
-        have = tuple(d if axes_of((d,)) else () for d in canonical.result)
-        result = arranger.arrange(total, have, settle(site.out_layout))
-        wanted = end.meta["val"].dtype
-        if canonical.value.node.meta["val"].dtype != wanted:
-            result = arranger.call(aten.to.dtype, result, wanted)
-    for node in arranger.emitted:
-        _describe(node, end)
+            total = arranger.call(aten.add.Tensor, total, other, shape=shape,
+                                  dtype=total.meta["val"].dtype)
+        result = arranger.arrange(total, parts[0][0].result, settle(site.out_layout))
+        if result.meta["val"].dtype != dtype:
+            result = arranger.call(aten.to.dtype, result, dtype,
+                                   shape=[product(dim) for dim in settle(site.out_layout)])
     inputs = list(dict.fromkeys(
         view.author[t.node] for c, _, _ in parts for t in c.tensors))
     return Substitution(end, inputs, arranger.emitted, result)
@@ -63,28 +64,16 @@ def _call(arranger: Arranger, view: View, canonical: Canonical, spec: Spec,
           schedule: Schedule) -> fx.Node:
     def bring(tensor: Tensor) -> fx.Node:
         node = view.author[tensor.node]
-        arranger.learn(node, tensor.layout) if _symbolic(node) else None
+        arranger.learn(node, tensor.layout)
         return arranger.arrange(node, tensor.layout, tensor.target)
 
     query, key, value = map(bring, (canonical.query, canonical.key, canonical.value))
     operands = [bring(canonical.operands[o.slot]) for o in spec.operands]
     call = arranger.call(torch.ops.attnopt.attention.default, query, key, value, operands,
                          str(spec), str(schedule))
-    return arranger.call(operator.getitem, call, 0)
-
-
-def _symbolic(node: fx.Node) -> bool:
-    return not all(isinstance(s, int) for s in node.meta["val"].shape)
-
-
-def _describe(node: fx.Node, like: fx.Node) -> None:
-    """Give an emitted node the origin of the node it stands for, and a fake value."""
-    for name in ("stack_trace", "nn_module_stack", "attnopt_region"):
-        if name in like.meta:
-            node.meta[name] = like.meta[name]
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with like.meta["val"].fake_mode:
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    shape = [product(dim) for dim in map(resolve, canonical.result)]
+    return arranger.call(operator.getitem, call, 0, shape=shape,
+                         dtype=query.meta["val"].dtype)
 
 
 def rewire(graph: fx.Graph, done: Substitution) -> None:
@@ -159,10 +148,18 @@ def _upstream(nodes: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def _draws(node: fx.Node) -> bool:
+    """Does an operation with a dropout in it draw random numbers?"""
+    if op_name(node) == "dropout":
+        return bool(node.args[1] and node.args[2])
+    if op_name(node) == "scaled_dot_product_attention":
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    return True
+
+
 def _removable(node: fx.Node) -> bool:
     """Pure, or a write to memory that is judged with its family; never random or a switch."""
     if isinstance(node.target, torch._ops.OpOverload):
         random = torch.Tag.nondeterministic_seeded in node.target.tags
-        quiet = op_name(node) == "dropout" and not (node.args[1] and node.args[2])
-        return (not random or quiet) and writes(node) in ([], [0])
+        return not (random and _draws(node)) and writes(node) in ([], [0])
     return node.target is operator.getitem or not node.is_impure()

@@ -7,6 +7,7 @@ are below `.attnopt`, so that the page around it keeps its looks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 #: a notebook keeps every output in the file: a fragment shows so many lines of the diff
 _DIFF_LINES = 400
+#: after a single dot that a name follows
+_DOT = re.compile(r"(?<=[^.][.])(?=[^.0-9])")
 _STATUSES = ("rewritten", "canonical", "kept")
 
 
@@ -84,14 +87,15 @@ def _cell(name: str, text: str) -> str:
 
 def _breakable(text: str) -> str:
     """Escaped, with places where a browser may break a dotted path."""
-    return "<wbr>".join(escape(part) for part in text.replace(".", ".\0").split("\0"))
+    return "<wbr>".join(escape(part) for part in _DOT.split(text))
 
 
 def _more(row: Row, span: int) -> str:
     """A line that opens to what the table has no room for."""
     site = row.first
+    paths = dict.fromkeys(s.path or "(model)" for s in row.sites)
     facts = [
-        ("sites", ", ".join(s.path or "(model)" for s in row.sites) if len(row.sites) > 1 else ""),
+        ("sites", ", ".join(paths) if len(paths) > 1 else ""),
         ("node", site.node),
         ("error", _errors(row)),
         ("normal form", site.spec),

@@ -130,7 +130,12 @@ def _same(value: object) -> object:
         return f"{value:.3g}"
     if isinstance(value, list):
         return tuple(map(_same, value))
-    return _NODE_NUMBER.sub("_#", value) if isinstance(value, str) else value
+    return without_numbers(value) if isinstance(value, str) else value
+
+
+def without_numbers(reason: str) -> str:
+    """A reason with the numbers of fx nodes taken out: "mean_1" and "mean" are of equal layers."""
+    return _NODE_NUMBER.sub("", reason)
 
 
 def _tokens(path: str) -> _Tokens:

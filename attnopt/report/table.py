@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from attnopt.report.rows import COLUMNS, Row, counts_line, fold
+from attnopt.report.rows import COLUMNS, Row, counts_line, fold, without_numbers
 from attnopt.report.text import LONGEST, WIDTH, columns, paragraph, printable
 from attnopt.timing import format_seconds
 
@@ -88,12 +88,13 @@ def kept(rows: Sequence[Row], say: Say) -> list[str]:
 
 def reasons(rows: Sequence[Row]) -> dict[str, int]:
     """Why canonical sites keep the author's nodes, and how many say so."""
-    found: dict[str, int] = {}
+    found: dict[str, tuple[str, int]] = {}
     for row in rows:
         if row.first.status == "canonical" and row.first.reason:
-            reason = printable(row.first.reason, 2 * LONGEST)
-            found[reason] = found.get(reason, 0) + len(row.sites)
-    return found
+            same = without_numbers(row.first.reason)
+            text, number = found.get(same, (row.first.reason, 0))
+            found[same] = text, number + len(row.sites)
+    return {printable(text, 2 * LONGEST): number for text, number in found.values()}
 
 
 def canonical(rows: Sequence[Row], say: Say) -> list[str]:

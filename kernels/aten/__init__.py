@@ -12,16 +12,17 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
+from attnopt.ir import expr as E
+from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels.aten.blocks import blocks
 from attnopt.kernels.aten.choose import block_tile, can_block, choose, reasons
 from attnopt.kernels.aten.dense import dense
-from attnopt.kernels.aten.sdpa import plan, sdpa
+from attnopt.kernels.aten.sdpa import plan, quick, sdpa
 from attnopt.kernels.aten.state import call_state
 from attnopt.kernels.aten.steps import steps
 from attnopt.kernels.aten.tile import broadcast
-from torch import Tensor
-
-from attnopt.ir.spec import Schedule, Spec
 
 __all__ = ["bind", "choose", "reasons"]
 
@@ -42,25 +43,33 @@ def bind(spec: str, schedule: str = "") -> Attention:
 class _Bound:
     """A Spec ready to run."""
 
-    __slots__ = ("spec", "steps", "plan", "slots", "tile", "may_block")
+    __slots__ = ("spec", "steps", "plan", "quick", "slots", "tile", "may_block",
+                 "by_dtype")
 
     def __init__(self, spec: Spec, schedule: Schedule | None) -> None:
         asked = schedule.lowering if schedule else ""
         self.spec = spec
         self.steps = steps(spec)
         self.plan = None if asked in ("aten:blocks", "aten:dense") else plan(spec)
+        self.quick = self.plan is not None and self.plan.bare and spec.output is E.out
         self.slots = tuple(o.slot for o in spec.operands)
         self.tile = schedule.tile if schedule and asked == "aten:blocks" else ()
+        self.by_dtype: dict[torch.dtype, bool] = {}
         self.may_block = asked != "aten:dense"
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Tensor:
         if len(operands) != len(self.slots):
             raise ValueError(f"operands must be {len(self.slots)}, got {len(operands)}")
         device = query.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             return self.autocast(device, query, key, value, operands)
-        state = call_state(query, key, value, operands)
+        state = call_state((query, key, value, *operands))
         p = self.plan
+        if self.quick and state == "all":
+            assert p is not None
+            out = quick(p, query, key, value)
+            if out is not None:
+                return out
         if p is not None and state != "functional" and p.fits(
                 query.shape[-1], value.shape[-1], device):
             return sdpa(self.steps, p, query, key, value, operands, state,
@@ -71,7 +80,7 @@ class _Bound:
                 state: str) -> Tensor:
         """Anything but fused attention."""
         named = dict(zip(self.slots, operands, strict=True))
-        if state == "all" and self.may_block and can_block(self.spec, query.dtype):
+        if state == "all" and self.may_block and self.blocks_take(query.dtype):
             leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
             if self.fit(leads, operands):
                 tile = self.tile
@@ -82,6 +91,11 @@ class _Bound:
                     return blocks(self.steps, query, key, value, named, *tile)
         return dense(self.steps, query, key, value, named,
                      state if state in ("safe", "all") else "none")
+
+    def blocks_take(self, dtype: torch.dtype) -> bool:
+        if dtype not in self.by_dtype:
+            self.by_dtype[dtype] = can_block(self.spec, dtype)
+        return self.by_dtype[dtype]
 
     def fit(self, leads: tuple[int, ...], operands: Sequence[Tensor]) -> bool:
         """Whether no operand has leading axes that query, key and value have not got."""

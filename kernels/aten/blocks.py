@@ -16,6 +16,11 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
+
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.ir.mask import And, Band, Causal, Mask, Prefix
 from attnopt.kernels.aten.dense import dense, working_dtype
 from attnopt.kernels.aten.steps import (
     Steps,
@@ -27,11 +32,6 @@ from attnopt.kernels.aten.steps import (
     weigh,
 )
 from attnopt.kernels.aten.tile import Tile, broadcast
-from torch import Tensor
-
-from attnopt.ir import expr as E
-from attnopt.ir.expr import Expr
-from attnopt.ir.mask import And, Band, Causal, Mask, Prefix
 
 
 def blocks(s: Steps, query: Tensor, key: Tensor, value: Tensor, operands: Mapping[str, Tensor],

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels.aten.dense import HALF
 from attnopt.kernels.aten.linear import varies
 from attnopt.kernels.aten.sdpa import plan
 from attnopt.kernels.aten.sdpa import reasons as sdpa_reasons
 from attnopt.kernels.aten.tile import broadcast
-
-from attnopt.ir.spec import Schedule, Spec
 
 #: Scores of one block of `blocks`, in bytes. On CPUs with 1 to 2 MB of second-level cache a core,
 #: 1 to 4 MB were within a few per cent of each other at 128 to 2048 keys, smaller blocks slower.
@@ -104,9 +104,9 @@ def block_tile(score: str, heads: int, queries: int, keys: int, head_dim: int, d
                ) -> tuple[int, ...]:
     """(query rows, leading entries) of one block; () where the whole is better."""
     width = 4 * max(keys, 1) * (head_dim if score == "additive" else 1)
-    if device != "cpu" and width * queries * heads <= DEVICE_BYTES:
-        return ()
     budget = BLOCK_BYTES if device == "cpu" else DEVICE_BYTES
+    if width * queries * heads <= budget // 2:
+        return ()
     rows = min(max(queries, 1), ROWS)
     if rows * width > 2 * budget:
         rows = max(min(rows, 8), 2 * budget // width)

@@ -17,16 +17,16 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from attnopt.kernels.aten.tile import Tile
 from torch import Tensor
 from torch.nn import functional as F
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.kernels.aten.tile import Tile
 
 MODES = ("none", "safe", "all")
 _OWNED = ("score", "weight", "out")
@@ -192,14 +192,18 @@ class _Printer:
 
 
 # -- what the programs call -----------------------------------------------------------------------
+def fits_into(own: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether `other` broadcasts to the shape `own`."""
+    return len(other) <= len(own) and all(
+        other[i] == 1 or other[i] == own[i] for i in range(-len(other), 0))
+
+
 def fits(target: Tensor, other: Tensor) -> bool:
     """Whether target (op) other has the shape and the dtype of target."""
     if other.dtype != target.dtype and (
             torch.promote_types(target.dtype, other.dtype) != target.dtype):
         return False
-    own, its = target.shape, other.shape
-    return len(its) <= len(own) and all(
-        its[-i] == 1 or its[-i] == own[-i] for i in range(1, len(its) + 1))
+    return fits_into(target.shape, other.shape)
 
 
 def _into(in_place: Callable[[Tensor, Any], Tensor],
@@ -213,8 +217,7 @@ def _into(in_place: Callable[[Tensor, Any], Tensor],
 
 def fill_into(target: Tensor, hidden: Tensor, number: float) -> Tensor:
     """`number` where `hidden`, target elsewhere; in place if the shapes allow."""
-    if hidden.dim() <= target.dim() and all(
-            hidden.shape[-i] in (1, target.shape[-i]) for i in range(1, hidden.dim() + 1)):
+    if fits_into(target.shape, hidden.shape):
         return target.masked_fill_(hidden, number)
     return torch.where(hidden, number, target)
 

@@ -12,11 +12,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-from attnopt.kernels.aten.steps import Steps, contract, finish, raw_scores, weigh
-from attnopt.kernels.aten.tile import Tile, broadcast
 from torch import Tensor
 
 from attnopt.ir import expr as E
+from attnopt.kernels.aten.steps import Steps, contract, finish, raw_scores, weigh
+from attnopt.kernels.aten.tile import Tile, broadcast
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -41,7 +41,10 @@ def dense(s: Steps, query: Tensor, key: Tensor, value: Tensor, operands: Mapping
     else:
         leads = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     tile = Tile((*leads, q.shape[-2], k.shape[-2]), operands, dtype, q.device)
-    weight, divisor = weigh(s, tile, raw_scores(spec, q, k, tile), mode)
+    scores = raw_scores(spec, q, k, tile)
+    if s.alpha != 1:
+        scores = scores * s.alpha if mode == "none" else scores.mul_(s.alpha)
+    weight, divisor = weigh(s, tile, scores, mode, scaled=True)
     out = contract(weight.to(dtype), v)
     if mode == "all" and s.recheck and out.numel() and q.device.type != "meta" and (
             math.isnan(out.select(-1, 0).sum().item())):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attnopt.kernels.aten.tile import broadcast
 from torch import Tensor
+
+from attnopt.kernels.aten.tile import broadcast
 
 
 def collapse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None

@@ -13,35 +13,36 @@ What torch 2.11 to 2.13 do on a CPU, and what is done about it here:
       stride of 1 and masks of 2 or 4 axes that want        that it takes them
       no gradient reach the flash kernel
     the backward of flash has no backward                 `flash.Flash` has one
+    a bool mask is made a float mask at each call         a mask of index arithmetic is kept as one
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from attnopt.kernels.aten import flash
-from attnopt.kernels.aten.codegen import compiled
-from attnopt.kernels.aten.dense import HALF
-from attnopt.kernels.aten.heads import collapse
-from attnopt.kernels.aten.linear import linear, varies
-from attnopt.kernels.aten.steps import Steps, finish, may_be_infinite
-from attnopt.kernels.aten.tile import Tile, broadcast
 from torch import Tensor
 from torch.nn import functional as F
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.ir.mask import Causal
+from attnopt.ir.mask import And, Causal
 from attnopt.ir.spec import Spec
+from attnopt.kernels.aten import flash
+from attnopt.kernels.aten.codegen import compiled
+from attnopt.kernels.aten.dense import working_dtype
+from attnopt.kernels.aten.heads import collapse
+from attnopt.kernels.aten.linear import linear, varies
+from attnopt.kernels.aten.masking import Masking
+from attnopt.kernels.aten.steps import Steps, finish, may_be_infinite
+from attnopt.kernels.aten.tile import Tile, broadcast
 
 #: Up to here a mask of one zero is cheaper than a look at the output for rows of NaN.
 _SMALL = 128 * 128
 _MAX_PADDING = 2
-#: Largest mask that is kept from call to call, in entries.
-_CACHED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,37 +51,37 @@ class Plan:
 
     scale:       of the scores, a number
     query_factor, key_factor: multiply the queries or the keys; each broadcasts against the score
-    terms:       what is added to the scores
-    predicate:   the mask, unless `causal`
-    empty_check: a row without a key may occur, and must not give the kernel's 0
+    masking:     what becomes `attn_mask`, or None
+    zero:        a row without a key gives 0, as the kernel does
+    empty_check: a row without a key may occur, and must not give 0
     """
 
     scale: float
     query_factor: Expr | None
     key_factor: Expr | None
-    terms: Expr | None
-    predicate: Expr | None
+    masking: Masking | None
     causal: bool
-    uniform: bool
     zero: bool
     empty_check: bool
     sinks: Expr | None
     output: Expr
 
     @functools.cached_property
-    def reads_operands(self) -> bool:
-        """Whether more than query, key and value is needed for the scores."""
-        return any(e is not None for e in (
-            self.query_factor, self.key_factor, self.terms, self.predicate, self.sinks))
+    def bare(self) -> bool:
+        """Whether fused attention needs nothing but query, key and value."""
+        return (self.query_factor is None and self.key_factor is None and self.masking is None
+                and self.sinks is None)
 
     def fits(self, head_dim: int, value_dim: int, device: str, requires_grad: bool = False,
              operand_grad: bool = False) -> bool:
         """Whether fused attention is the right thing at these shapes."""
-        if self.sinks is not None and (device != "cpu" or requires_grad or not flash.AVAILABLE):
+        if device != "cpu":
+            return self.sinks is None and not (self.masking and self.masking.uniform)
+        if self.sinks is not None and (requires_grad or not flash.AVAILABLE):
             return False
-        if operand_grad and (self.terms is not None or self.sinks is not None):
+        if operand_grad and (self.masking is not None or self.sinks is not None):
             return False
-        return device != "cpu" or max(head_dim, value_dim) <= _MAX_PADDING * min(
+        return head_dim == value_dim or max(head_dim, value_dim) <= _MAX_PADDING * min(
             head_dim, value_dim)
 
 
@@ -117,18 +118,19 @@ def plan(spec: Spec) -> Plan | None:
         return None
     of_query = [f for f in parts.factors if "k" not in varies(f, spec)]
     of_key = [f for f in parts.factors if "k" in varies(f, spec)]
-    predicate = spec.mask.predicate()
     causal = spec.mask == Causal() and not parts.terms
-    sinks = spec.sinks is not None
     row_kept = spec.mask.row_always_kept()
-    hides = may_be_infinite(parts.sum()) if parts.terms else False
+    term = parts.sum() if parts.terms else None
+    softmax_alone = spec.sinks is None
+    masks = () if causal else spec.mask.masks if isinstance(spec.mask, And) else (spec.mask,)
     return Plan(
-        parts.scale, _product(of_query), _product(of_key), parts.sum() if parts.terms else None,
-        None if causal or predicate is E.TRUE else predicate, causal,
-        uniform=spec.empty_row == "uniform" and not row_kept and not sinks,
-        zero=spec.empty_row == "zero",
-        empty_check=spec.empty_row != "zero" and not sinks and (
-            hides or spec.empty_row == "nan" and not row_kept),
+        parts.scale, _product(of_query), _product(of_key),
+        Masking.of(term, [m.predicate() for m in masks], tuple(o.slot for o in spec.operands),
+                   uniform=spec.empty_row == "uniform" and not row_kept and softmax_alone),
+        causal, zero=spec.empty_row == "zero",
+        empty_check=spec.empty_row != "zero" and softmax_alone and (
+            term is not None and may_be_infinite(term)
+            or spec.empty_row == "nan" and not row_kept),
         sinks=spec.sinks, output=spec.output)
 
 
@@ -137,31 +139,38 @@ def _product(factors: list[Expr]) -> Expr | None:
 
 
 def sdpa(s: Steps, p: Plan, query: Tensor, key: Tensor, value: Tensor,
-         operands: tuple[Tensor, ...], mode: str, fallback: Callable[[], Tensor]) -> Tensor:
+         operands: tuple[Tensor, ...], state: str, fallback: Callable[[], Tensor]) -> Tensor:
     """Attention by the Plan; strides as F.scaled_dot_product_attention gives them.
 
-    mode: "traced", "safe" (a gradient may be asked for) or "all"; `fallback` computes the same in
-    another way, where fused attention cannot.
+    state: "traced", "safe" or "all", see `call_state`; `fallback` computes the same in another
+    way, where fused attention cannot.
     """
-    if p.sinks is not None and mode != "all":
-        return fallback()
-    mask, tile = None, None
-    if p.reads_operands:
-        tile = _tile(s, query, key, value, operands)
-        query, key, mask = _with_operands(p, query, key, tile, mode)
-        if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+    mask = tile = leads = None
+    if not p.bare:
+        if p.sinks is not None and state != "all":
             return fallback()
-    leads = None
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        leads = broadcast(*(t.shape[:-2] for t in (query, key, value, mask)
-                                         if t is not None))
+        if p.masking is None or p.masking.slot is None or p.sinks is not None or (
+                p.query_factor is not None or p.key_factor is not None):
+            tile = _tile(s, query, key, value, operands)
+            query, key = _with_factors(p, query, key, tile)
+        if p.masking is not None:
+            mask = p.masking.mask(query, tile, operands, state)
+            if mask.requires_grad and torch.is_grad_enabled():
+                return fallback()
+    shape = query.shape
+    if not len(shape) == key.dim() == value.dim() == 4:
+        leads = broadcast(*(t.shape[:-2] for t in (query, key, value, mask) if t is not None))
     q, k, v, mask, shared = collapse(query, key, value, mask)
-    plain = mode != "traced" and q.device.type == "cpu"
+    on_cpu = q.is_cpu
+    plain = on_cpu and state != "traced"
     look = p.empty_check
-    if q.device.type == "cpu":
-        q, k, v = _for_flash(q, k, v)
+    if on_cpu:
+        if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+            q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        if shape[-1] != v.shape[-1]:
+            q, k, v = _padded(q, k, v)
         if plain and mask is None and not p.zero:
-            if p.sinks is not None or not p.causal and q.shape[-2] * k.shape[-2] <= _SMALL:
+            if p.sinks is not None or not p.causal and shape[-2] * k.shape[-2] <= _SMALL:
                 mask = _zero(q.dtype)
             else:
                 look = True
@@ -169,79 +178,57 @@ def sdpa(s: Steps, p: Plan, query: Tensor, key: Tensor, value: Tensor,
         if not flash.takes(q, k, v):
             return fallback()
         out = _with_sink(p, q, k, v, mask, tile, leads)
-    elif plain and mode == "safe" and flash.takes(q, k, v):
+    elif plain and state == "safe" and flash.takes(q, k, v):
         out = flash.Flash.apply(
             q, k, v, None if mask is None else flash.additive(mask, q.dtype), p.causal, p.scale)
     else:
         out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=p.causal, scale=p.scale, enable_gqa=shared)
-    if look and plain:
-        if _has_zero_row(out) and k.shape[-2]:
+            q, k, v, mask, 0.0, p.causal, scale=p.scale, enable_gqa=shared)
+    if plain:
+        if look and _has_zero_row(out) and k.shape[-2]:
+            return fallback()
+        if p.masking is not None and p.masking.may_give_nan and _has_nan_row(out):
             return fallback()
     elif look and mask is not None and k.shape[-2] > 0:
-        out = out.masked_fill(_empty_rows(mask), torch.nan)
+        out = torch.where(_empty_rows(mask), torch.nan, out)  # masked_fill would lose the strides
     if out.shape[-1] != value.shape[-1]:
         out = out[..., : value.shape[-1]].contiguous()
     if leads is not None:
         out = out.reshape(*leads, *out.shape[-2:])
-    if p.output is E.out:
-        return out
-    named = dict(zip((o.slot for o in s.spec.operands), operands, strict=True))
-    end = Tile(tuple(out.shape), named, out.dtype, out.device, last=("q", "d"),
-               sizes={"k": key.shape[-2]})
-    return finish(s, out, value, end, "none").to(out.dtype)
+    return out if p.output is E.out else _finished(s, out, value, key, operands)
+
+
+def quick(p: Plan, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """`sdpa` for the commonest case of inference, or None: this is where Python time counts."""
+    rows, keys = query.shape, key.shape
+    if (len(rows) != 4 or len(keys) != 4 or keys != value.shape or rows[3] != keys[3]
+            or rows[1] != keys[1] or rows[0] != keys[0] or not query.is_cpu
+            or query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1):
+        return None
+    if p.zero or not p.causal and rows[2] * keys[2] <= _SMALL:
+        mask = None if p.zero else _zero(query.dtype)
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, 0.0, p.causal, scale=p.scale)
+    out = F.scaled_dot_product_attention(query, key, value, None, 0.0, p.causal, scale=p.scale)
+    return None if _has_zero_row(out) and keys[2] else out
 
 
 def _tile(s: Steps, query: Tensor, key: Tensor, value: Tensor, operands: tuple[Tensor, ...]
           ) -> Tile:
     leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     named = dict(zip((o.slot for o in s.spec.operands), operands, strict=True))
-    dtype = torch.float32 if query.dtype in HALF else query.dtype
+    dtype = working_dtype(query)
     return Tile((*leads, query.shape[-2], key.shape[-2]), named, dtype, query.device)
 
 
-def _with_operands(p: Plan, query: Tensor, key: Tensor, tile: Tile, mode: str
-                   ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Queries and keys times their factors, and the mask: bool, or float and added."""
+def _with_factors(p: Plan, query: Tensor, key: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     dtype = query.dtype
     if p.query_factor is not None:
         query = (query.to(tile.dtype) * compiled(p.query_factor)(tile)).to(dtype)
     if p.key_factor is not None:
         factor = torch.atleast_2d(compiled(p.key_factor)(tile)).transpose(-1, -2)
         key = (key.to(tile.dtype) * factor).to(dtype)
-    keep = None
-    if p.predicate is not None:
-        fixed = mode != "traced" and not p.predicate.slots and (
-            tile.shape[-2] * tile.shape[-1] <= _CACHED)
-        keep = _structure(p.predicate, tile.shape, str(tile.device)) if fixed else (
-            _predicate(p.predicate, tile))
-    if p.terms is None and not (p.uniform and keep is not None):
-        return query, key, keep
-    term = torch.zeros((), dtype=tile.dtype) if p.terms is None else compiled(p.terms)(tile)
-    term = torch.as_tensor(term, device=tile.device)
-    # Half precision may come with a float32 mask on a CPU; elsewhere kernels want their own dtype.
-    if term.dtype != dtype and not (
-            dtype in HALF and term.dtype == torch.float32 and tile.device.type == "cpu"):
-        term = term.to(tile.dtype if tile.device.type == "cpu" else dtype)
-    if keep is not None:
-        # The lowest number swallows every score in float32: a row of it alone is uniform.
-        fill = -torch.inf
-        if p.uniform:
-            term = term.to(tile.dtype)
-            fill = torch.finfo(term.dtype).min
-        term = torch.where(keep, term, torch.full((), fill, dtype=term.dtype, device=term.device))
-    return query, key, torch.atleast_2d(term)
-
-
-def _predicate(predicate: Expr, tile: Tile) -> Tensor:
-    return torch.atleast_2d(torch.as_tensor(compiled(predicate)(tile), device=tile.device))
-
-
-@functools.lru_cache(maxsize=16)
-def _structure(predicate: Expr, shape: tuple[int, ...], device: str) -> Tensor:
-    """A mask that reads no operand, for the next layers and calls of the same lengths."""
-    with torch.inference_mode(False):
-        return _predicate(predicate, Tile(shape, {}, torch.float32, torch.device(device)))
+    return query, key
 
 
 @functools.lru_cache(maxsize=16)
@@ -250,15 +237,21 @@ def _zero(dtype: torch.dtype) -> Tensor:
         return torch.zeros(1, 1, dtype=dtype)
 
 
-def _for_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies with a last stride of 1 and equal head dims, where they have not got them."""
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Equal head dims."""
     more = v.shape[-1] - q.shape[-1]
     if more > 0:
-        q, k = F.pad(q, (0, more)), F.pad(k, (0, more))
-    elif more < 0:
-        v = F.pad(v, (0, -more))
-    return q, k, v
+        return F.pad(q, (0, more)), F.pad(k, (0, more)), v
+    return q, k, F.pad(v, (0, -more))
+
+
+def _finished(s: Steps, out: Tensor, value: Tensor, key: Tensor, operands: tuple[Tensor, ...]
+              ) -> Tensor:
+    """The output after its epilogue."""
+    named = dict(zip((o.slot for o in s.spec.operands), operands, strict=True))
+    end = Tile(tuple(out.shape), named, out.dtype, out.device, last=("q", "d"),
+               sizes={"k": key.shape[-2]})
+    return finish(s, out, value, end, "none").to(out.dtype)
 
 
 def _with_sink(p: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tile: Tile | None,
@@ -288,3 +281,7 @@ def _empty_rows(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return ~mask.any(-1, keepdim=True)
     return mask.amax(-1, keepdim=True) == -torch.inf
+
+
+def _has_nan_row(out: Tensor) -> bool:
+    return out.numel() > 0 and math.isnan(out.select(-1, 0).sum().item())

@@ -7,25 +7,28 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_jit_trace = torch._C._get_tracing_state
 
 
-def call_state(query: Tensor, key: Tensor, value: Tensor, operands: tuple[Tensor, ...]) -> str:
-    """ "functional"  functorch or forward-mode differentiation: compose, every derivative exists
+def call_state(tensors: tuple[Tensor, ...]) -> str:
+    """How a call with these tensors may be computed:
+
+    "functional"  functorch or forward-mode differentiation: compose, every derivative exists
     "traced"      a program is being recorded, or the tensors are of a subclass: no look at values
     "safe"        autograd may ask for a gradient
     "all"         plain inference
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _functorch_level() is not None or forward_ad._current_level >= 0:
         return "functional"
-    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
+    if _dispatch_modes() or _jit_trace() is not None:
         return "traced"
-    if (type(query) not in _PLAIN or type(key) not in _PLAIN or type(value) not in _PLAIN
-            or query.device.type == "meta" or torch.jit.is_tracing()):
-        return "traced"
-    grad = torch.is_grad_enabled()
-    for tensor in (query, key, value, *operands):
+    for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return "traced"
-        if grad and tensor.requires_grad:
-            return "safe"
-    return "all"
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return "safe"
+    return "traced" if tensors[0].is_meta else "all"

@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from attnopt.kernels.aten.codegen import compiled
-from attnopt.kernels.aten.tile import Tile
 from torch import Tensor
 from torch.nn import functional as F
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import Spec
+from attnopt.kernels.aten.codegen import compiled, fits_into
+from attnopt.kernels.aten.tile import Tile
+
+#: Largest mask of index arithmetic that is kept, in rows times keys.
+_KEPT = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Steps:
     statistics: row statistics that the epilogues ask for; masses: those that are masses of groups
     total:      the row sum of the edited weights is asked for
     own_scores: the logits are made from the scores, so that their memory is ours
+    fixed:      the mask reads no operand; flat: nor any axis but q and k
     recheck:    NaN in the output of the fast steps may be a hidden key's, or an empty row
     """
 
@@ -51,6 +55,8 @@ class Steps:
     masses: tuple[Expr, ...]
     total: bool
     own_scores: bool
+    fixed: bool
+    flat: bool
     recheck: bool
 
 
@@ -66,6 +72,9 @@ def steps(spec: Spec) -> Steps:
         spec.mask.row_always_kept(), hides, statistics,
         masses=tuple(leaf for leaf in statistics if leaf.value.startswith("mass:")),
         total=E.stat("total") in statistics, own_scores=E.score in spec.logits.leaves,
+        fixed=not predicate.slots,
+        flat=all(leaf.value in ("q", "k") for leaf in predicate.leaves
+                 if leaf.op in ("index", "size")),
         recheck=predicate is not E.TRUE or hides and spec.empty_row == "zero")
 
 
@@ -156,7 +165,7 @@ def weigh(s: Steps, tile: Tile, scores: Tensor, mode: str, scaled: bool = False
     x = _tensor(compiled(s.scaled if scaled else spec.logits, mode)(tile), tile)
     if spec.mix_logits:
         x = mix(x, tile.operand(spec.mix_logits))
-        tile.shape = tuple(x.shape)
+        tile.shape = tile.full = tuple(x.shape)
     if spec.compute:
         tile.dtype = torch.promote_types(x.dtype, getattr(torch, spec.compute))
         x = x.to(tile.dtype)
@@ -166,8 +175,8 @@ def weigh(s: Steps, tile: Tile, scores: Tensor, mode: str, scaled: bool = False
     own = mode if s.own_scores else "none"
     keep = None
     if s.predicate is not None:
-        keep = torch.as_tensor(compiled(s.predicate)(tile), device=tile.device)
-        keep = keep.expand(*keep.shape[:-1], tile.shape[-1])
+        keep = _fixed(s, tile) if s.fixed and mode != "none" and _small(tile) else (
+            _keep(s.predicate, tile))
     divisor = None
     if spec.normalizer == "softmax":
         weight, divisor = _softmax(s, tile, x, keep, own)
@@ -189,23 +198,54 @@ def _tensor(value: Any, tile: Tile) -> Tensor:
     return x if x.dim() >= 2 else x.expand(1, tile.shape[-1])
 
 
-def _hide(x: Tensor, keep: Tensor, fill: float, mode: str) -> Tensor:
+def _keep(predicate: Expr, tile: Tile) -> Tensor:
+    keep = torch.as_tensor(compiled(predicate)(tile), device=tile.device)
+    return keep.expand(*keep.shape[:-1], tile.shape[-1])
+
+
+def _hide(s: Steps, tile: Tile, x: Tensor, keep: Tensor, fill: float, mode: str) -> Tensor:
     """x where keep, `fill` elsewhere; see the module docstring for mode "all"."""
-    if mode == "none" or x.device.type != "cpu" or 2 * keep.numel() > x.numel():
+    over = mode == "all" and fits_into(x.shape, keep.shape)
+    if mode == "none" or not x.is_cpu or 2 * keep.numel() > x.numel() or over != (mode == "all"):
         hidden = ~keep
-        return x.masked_fill_(hidden, fill) if mode == "all" else x.masked_fill(hidden, fill)
-    zero, top, number = _numbers(x.dtype, fill)
-    if mode == "all":
-        return torch.minimum(x, torch.where(keep, top, number), out=x)
-    return x + torch.where(keep, zero, number)
+        return x.masked_fill_(hidden, fill) if over else torch.where(hidden, fill, x)
+    top = math.inf if mode == "all" else 0.0
+    bound = _fixed(s, tile, (x.dtype, top, fill)) if s.fixed and _small(tile) else (
+        _bound(keep, x.dtype, top, fill))
+    return torch.minimum(x, bound, out=x) if mode == "all" else x + bound
+
+
+def _bound(keep: Tensor, dtype: torch.dtype, top: float, fill: float) -> Tensor:
+    high, low = _numbers(dtype, top, fill)
+    return torch.where(keep, high, low)
+
+
+def _small(tile: Tile) -> bool:
+    return tile.shape[-2] * tile.shape[-1] <= _KEPT
+
+
+def _fixed(s: Steps, tile: Tile, bound: tuple[torch.dtype, float, float] | None = None) -> Tensor:
+    """A mask of index arithmetic alone, kept for the next layers and calls."""
+    rank = 2 if s.flat else len(tile.shape)
+    starts = None if tile.starts is None else tile.starts[-rank:]
+    return _fixed_once(s.predicate, tile.shape[-rank:], tile.full[-rank:], starts,
+                       str(tile.device), bound)
+
+
+@functools.lru_cache(maxsize=32)
+def _fixed_once(predicate: Expr, shape: tuple[int, ...], full: tuple[int, ...],
+                starts: tuple[int, ...] | None, device: str,
+                bound: tuple[torch.dtype, float, float] | None) -> Tensor:
+    with torch.inference_mode(False):
+        keep = _keep(predicate, Tile(shape, {}, torch.float32, torch.device(device), full, starts))
+        return keep if bound is None else _bound(keep, *bound)
 
 
 @functools.lru_cache(maxsize=16)
-def _numbers(dtype: torch.dtype, fill: float) -> tuple[Tensor, Tensor, Tensor]:
-    """0, +inf and `fill`."""
+def _numbers(dtype: torch.dtype, top: float, fill: float) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
-        zero, top, number = torch.tensor([0.0, math.inf, fill], dtype=dtype).unbind()
-        return zero, top, number
+        high, low = torch.tensor([top, fill], dtype=dtype).unbind()
+        return high, low
 
 
 def _softmax(s: Steps, tile: Tile, x: Tensor, keep: Tensor | None, mode: str
@@ -219,7 +259,7 @@ def _softmax(s: Steps, tile: Tile, x: Tensor, keep: Tensor | None, mode: str
     if keep is not None:
         # Where all are the lowest number alike, the row is uniform; next to a score it is 0.
         lowest = -math.inf if exact or not uniform else torch.finfo(x.dtype).min
-        x = _hide(x, keep, lowest, mode)
+        x = _hide(s, tile, x, keep, lowest, mode)
     if x.shape[-1] == 0:
         return x, None
     if asked:

@@ -144,10 +144,18 @@ def test_layers_that_differ_do_not_fold() -> None:
 
 
 def test_node_numbers_do_not_keep_layers_apart() -> None:
-    sites = [SiteRecord(path=f"l.{i}", reason=f"softmax_{i} is used by add_{i + 7}")
-             for i in range(3)]
+    nodes = ["mean", "mean_1", "mean_2"]
+    sites = [SiteRecord(path=f"l.{i}", reason=f"used by {n}") for i, n in enumerate(nodes)]
     assert paths(sites) == ["l.{0..2}"]
-    assert "softmax_0 is used by add_7" in str(report(sites))
+    assert "used by mean" in str(report(sites))
+    apart = [SiteRecord(path=n, status="canonical", reason=f"used by {n}") for n in nodes]
+    assert "3 x used by mean" in str(report(apart))
+
+
+def test_shapes_are_not_repeated() -> None:
+    for given, shown in [("2x8 2x8 2x8", "2x8"), ("2x4 2x8 2x8", "2x4 2x8"), ("2x8", "2x8"),
+                         ("2x8 2x4 2x8", "2x8 2x4 2x8"), ("", "")]:
+        assert fold([SiteRecord(shapes=given)])[0].cells()["shapes"] == shown
 
 
 def test_wrap_keeps_the_text() -> None:

@@ -166,7 +166,10 @@ def _other_values(old: Tensor, rng: torch.Generator) -> Tensor:
         new = torch.rand(old.shape, generator=rng) < 0.5
         new[..., 0] = True
         return new
-    return (torch.randn(old.shape, generator=rng) * 0.5).to(old.dtype)
+    if old.numel() < 2:
+        return old.detach() * 1.5
+    spread = old.detach().float().std().item()  # as before: scores must not become extreme
+    return (torch.randn(old.shape, generator=rng) * spread).to(old.dtype)
 
 
 def _change(owner: nn.Module, name: str, old: Tensor, new: Tensor, route: str) -> None:
@@ -260,7 +263,8 @@ class Tally:
 def fuzz(indices: Sequence[int], seed: int, tally: Tally | None = None) -> Tally:
     """Runs the programs of the given indices."""
     tally = tally or Tally()
-    logging.getLogger("attnopt").setLevel(logging.ERROR)
+    for name in ("attnopt", "torch._export", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for index in indices:

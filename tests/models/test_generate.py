@@ -44,8 +44,10 @@ def _example(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"do_sample": False}, {"do_sample": True}, {"num_beams": 2, "do_sample": False}],
-    ids=["greedy", "sampled", "beams"])
+    "options",
+    [pytest.param({"do_sample": False}, id="greedy"),
+     pytest.param({"do_sample": True}, id="sampled", marks=pytest.mark.slow),
+     pytest.param({"num_beams": 2, "do_sample": False}, id="beams", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(_CONFIGS))
 def test_generate_gives_the_same_tokens(name: str, options: dict[str, Any]) -> None:
     model = _model(name)

@@ -1,4 +1,4 @@
-"""Every lifting rule against torch, on drawn shapes: the lift evaluated on the grid is the value."""
+"""Every lifting rule against torch, on drawn shapes: the lift on the whole grid is the value."""
 
 from __future__ import annotations
 
@@ -64,6 +64,10 @@ def _moved(*shape_and_fn: Any) -> Make:
     return draw
 
 
+def _with(fn: Callable[..., Tensor], *more: Any) -> Callable[..., Tensor]:
+    return lambda x: fn(x, *more)
+
+
 def _slice(rng: random.Random, shape: list[int]) -> Callable[..., Tensor]:
     start, stop, step = rng.randint(-7, 5), rng.choice([None, 2, 4, -1, 99]), rng.randint(1, 3)
     if stop is not None and len(range(*slice(start, stop, step).indices(shape[1]))) == 0:
@@ -124,12 +128,12 @@ def _written_views(rng: random.Random, shape: list[int]) -> Callable[..., Tensor
 
 MOVES: dict[str, Make] = {
     "transpose": _moved(3, lambda r, s: lambda x: x.transpose(0, -1)),
-    "permute": _moved(4, lambda r, s: lambda x, p=tuple(r.sample(range(4), 4)): x.permute(p)),
+    "permute": _moved(4, lambda r, s: _with(Tensor.permute, r.sample(range(4), 4))),
     "t": _moved(2, lambda r, s: lambda x: x.t()),
     "mT": _moved(3, lambda r, s: lambda x: x.mT),
     "swapaxes": _moved(3, lambda r, s: lambda x: x.swapaxes(0, 1)),
     "movedim": _moved(3, lambda r, s: lambda x: x.movedim((0, 2), (1, 0))),
-    "unsqueeze": _moved(2, lambda r, s: lambda x, d=r.randint(-3, 2): x.unsqueeze(d)),
+    "unsqueeze": _moved(2, lambda r, s: _with(Tensor.unsqueeze, r.randint(-3, 2))),
     "squeeze": _moved(2, lambda r, s: lambda x: x[:, None, None].squeeze(1).squeeze()),
     "expand": _moved(2, lambda r, s: lambda x: x[None, :1].expand(3, 4, x.shape[1])),
     "expand_as": _moved(2, lambda r, s: lambda x: x[:1].expand_as(x)),
@@ -137,10 +141,9 @@ MOVES: dict[str, Make] = {
     "flatten": _moved(3, lambda r, s: lambda x: x.flatten(1)),
     "unflatten": _moved(2, lambda r, s: lambda x: torch.cat([x, x]).unflatten(0, (2, -1))),
     "slice": _moved(2, _slice),
-    "select": _moved(3, lambda r, s: lambda x, d=r.randint(0, 2), i=r.randint(-2, 1):
-                     x.select(d, i)),
+    "select": _moved(3, lambda r, s: _with(Tensor.select, r.randint(0, 2), r.randint(-2, 1))),
     "narrow": _moved(2, lambda r, s: lambda x: x.narrow(1, 1, x.shape[1] - 1)),
-    "diagonal": _moved(3, lambda r, s: lambda x, o=r.randint(-1, 1): x.diagonal(o, 0, 1)),
+    "diagonal": _moved(3, lambda r, s: _with(Tensor.diagonal, r.randint(-1, 1), 0, 1)),
     "unfold": _moved(2, lambda r, s: lambda x: x.unfold(1, 2, 1)),
     "split": _moved(2, lambda r, s: lambda x: x.split([1, x.shape[0] - 1])[1]),
     "chunk": _moved(2, lambda r, s: lambda x: torch.cat([x, x]).chunk(2)[1]),
@@ -204,7 +207,8 @@ COMPUTED: dict[str, Callable[[], Tensor]] = {
     "triu_inf": lambda: torch.full((6, 6), float("-inf")).triu(1),
     "where": lambda: torch.where(i_j()[0] < i_j()[1], 0.0, torch.tensor(-1e9)),
     "where_scalars": lambda: torch.where(i_j()[0] < i_j()[1], 1, 0),
-    "where_half": lambda: torch.where(i_j()[0] < i_j()[1], torch.zeros(1, dtype=torch.half), -70000),
+    "where_half": lambda: torch.where(
+        i_j()[0] < i_j()[1], torch.zeros(1, dtype=torch.half), -70000),
     "masked_fill": lambda: torch.zeros(5, 7).masked_fill(i_j()[0] > i_j()[1], float("-inf")),
     "masked_fill_tensor": lambda: torch.zeros(5, 7, dtype=torch.bfloat16).masked_fill(
         i_j()[0] > i_j()[1], torch.tensor(0.1)),
@@ -357,7 +361,8 @@ def test_symbolic_views_divide_only_what_is_split() -> None:
     program = capture(module(folded), args,
                       dynamic=({0: auto, 2: auto}, {0: auto, 2: auto}, {0: auto, 1: auto}))
     b, h, q = program.inputs["query"].meta["val"].shape[:3]
-    lifter = program.lifter({"b": b, "h": h, "q": q, "k": program.inputs["key"].meta["val"].shape[2]})
+    k = program.inputs["key"].meta["val"].shape[2]
+    lifter = program.lifter({"b": b, "h": h, "q": q, "k": k})
     lifter.logic.alias(program.inputs["keep"].meta["val"].shape[0], "b")
     lifter.logic.alias(program.inputs["keep"].meta["val"].shape[1], "k")
     lifted = lifter.lift(program.results[0], lifter.indices((("b", "h"), "q", "k")))
@@ -373,11 +378,13 @@ def test_canonical_integers_equal_what_they_came_from() -> None:
     def number(depth: int) -> E.Expr:
         if depth == 0:
             return rng.choice(atoms)
-        op = rng.choice(["add", "sub", "mul", "neg", "floordiv", "mod", "minimum", "maximum", "abs"])
+        op = rng.choice(["add", "sub", "mul", "neg", "floordiv", "mod", "minimum", "maximum",
+                         "abs"])
+        first = number(depth - 1)
         if op in ("neg", "abs"):
-            return E.call(op, number(depth - 1))
-        second = E.const(rng.choice([1, 2, 3, 4])) if op in ("floordiv", "mod") else number(depth - 1)
-        return E.call(op, number(depth - 1), second)
+            return E.call(op, first)
+        divides = op in ("floordiv", "mod")
+        return E.call(op, first, rng.randint(1, 4) if divides else number(depth - 1))
 
     def truth(depth: int) -> E.Expr:
         if depth == 0:

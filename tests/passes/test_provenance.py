@@ -6,6 +6,7 @@ captured with fixed lengths and with symbolic ones.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from attnopt.ir.mask import ALL, And, Band, Causal, KeyKeep, Or, Prefix, Segment
 from attnopt.passes import by_value
 from attnopt.passes.by_value import Values
 from attnopt.passes.provenance import Finding
-from tests.passes.lifting import capture, find, judge, layout_of, module
+from tests.passes.lifting import Program, capture, find, judge, layout_of, module
 
 AUTO = torch.export.Dim.AUTO
 LEAST = torch.finfo(torch.float32).min
@@ -101,10 +102,27 @@ def _by_index(query: Tensor, key: Tensor) -> Tensor:
     return keep.expand(query.shape[0], -1, query.shape[2], key.shape[2])
 
 
+def of_all(idioms: dict[str, Idiom], name: str, setup: Callable[[Any], None], dynamic: bool,
+           sizes: tuple[int, int] = (8, 12)) -> Finding:
+    """The finding for one of many idioms, captured together in one program."""
+    program = together(tuple(idioms.values()), setup, dynamic, sizes)
+    return judge(program, program.results[list(idioms).index(name)])
+
+
+@functools.cache
+def together(idioms: tuple[Idiom, ...], setup: Callable[[Any], None], dynamic: bool,
+             sizes: tuple[int, int]) -> Program:
+    def forward(self: Any, query: Tensor, key: Tensor) -> list[Tensor]:
+        return [idiom(self, query, key) for idiom in idioms]
+    inputs = tuple(torch.zeros(2, 4, n, 16) for n in sizes)
+    moving = ({0: AUTO, 2: AUTO}, {0: AUTO, 2: AUTO}) if dynamic else None
+    return capture(module(forward, setup), inputs, dynamic=moving)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", IDIOMS)
 def test_causal_in_every_idiom(name: str, dynamic: bool) -> None:
-    found = find(IDIOMS[name], setup=buffers, dynamic=dynamic)
+    found = of_all(IDIOMS, name, buffers, dynamic)
     assert found.mask == CAUSAL, found.reason
     assert found.structural and found.rows_kept and found.expr is not None
     assert found.exact or name == "written", "-1e4 does not underflow next to every score"
@@ -184,8 +202,8 @@ STRUCTURES: dict[str, tuple[Idiom, Any]] = {
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structure(name: str, dynamic: bool) -> None:
-    made, mask = STRUCTURES[name]
-    found = find(made, setup=buffers, dynamic=dynamic, sizes=(12, 12))
+    mask = STRUCTURES[name][1]
+    found = of_all({n: f for n, (f, _) in STRUCTURES.items()}, name, buffers, dynamic, (12, 12))
     assert found.mask == mask, (str(found.mask), found.reason)
     assert found.structural and found.exact
     if isinstance(mask, Band) and not dynamic:
@@ -261,6 +279,12 @@ def test_a_bias_under_a_mask_is_kept() -> None:
     assert [t.layout for t in found.rest] == [("h", None, "k")]
 
 
+def test_a_bias_beside_a_mask_is_kept() -> None:
+    found = find(lambda s, q, k: torch.full(lengths(q, k), -math.inf).triu(1)
+                 + torch.ones(lengths(q, k)).tril(-2))
+    assert found.mask == CAUSAL and [t.layout for t in found.rest] == [("q", "k")]
+
+
 def test_segments() -> None:
     ids = torch.tensor([[0] * 5 + [1] * 7] * 2)
     found = find(lambda s, q, k, first: (first[:, None, :, None] == first[:, None, None, :])
@@ -320,8 +344,8 @@ MISSES: dict[str, Idiom] = {
     "nan_where_kept": lambda s, q, k: (1.0 - torch.tril(torch.ones(lengths(q, k)))) * -math.inf,
     "positive": lambda s, q, k: torch.full(lengths(q, k), math.inf).triu(1),
     "leaves_weight": lambda s, q, k: torch.full(lengths(q, k), -100.0).triu(1),
-    "two_levels": lambda s, q, k: torch.full(lengths(q, k), -math.inf).triu(1)
-    + torch.ones(lengths(q, k)).tril(-2),
+    "two_levels": lambda s, q, k: torch.where(
+        lower(q, k), torch.ones(lengths(q, k)).tril(-2), -math.inf),
     "random": lambda s, q, k: torch.rand(lengths(q, k)) < 0.5,
     "activation": lambda s, q, k: (q @ k.mT) > 0,
 }
@@ -329,7 +353,7 @@ MISSES: dict[str, Idiom] = {
 
 @pytest.mark.parametrize("name", MISSES)
 def test_near_misses_are_carried(name: str) -> None:
-    found = find(MISSES[name], setup=flipped)
+    found = of_all(MISSES, name, flipped, dynamic=False)
     assert not isinstance(found.mask, Causal) and found.mask != ALL
     if name != "one_position":
         assert found.mask is None and found.reason and len(found.rest) == 1
