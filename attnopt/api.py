@@ -59,8 +59,9 @@ def optimize(
         OptionError: an argument is of a wrong type or value.
         StrictError: `strict` was given and something was left as it was.
     """
-    options = Options(rules=rules, only=only, approximate=approximate, prefer=prefer,
-                      verify=verify, backend=backend, freeze=freeze, strict=strict)
+    options = Options.of({"rules": rules, "only": only, "approximate": approximate,
+                          "prefer": prefer, "verify": verify, "backend": backend,
+                          "freeze": freeze, "strict": strict})
     if not isinstance(inplace, bool):
         raise OptionError(f"inplace must be True or False, got {inplace!r}")
     module = _module(model)

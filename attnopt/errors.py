@@ -20,10 +20,13 @@ class CaptureError(AttnOptError):
         transient: true where it can succeed after the user's own forward has run once (state
             that a model builds at its first call).
         front_end: false where no other front end can do better either.
+
+    `seen` may hold the capture all the same: a graph to look at, not to run.
     """
 
     def __init__(self, reason: str, *, transient: bool = False, front_end: bool = True) -> None:
         super().__init__(reason)
+        self.seen: object = None
         self.reason = reason
         self.transient = transient
         self.front_end = front_end

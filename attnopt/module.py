@@ -3,7 +3,8 @@
 Each optimised module has a class of its own, derived from OptimizedModule and from the user's
 class, and shares the user's module's `__dict__`. So parameters, buffers, submodules, hooks, flags
 and attributes are one state under two names, methods such as `generate` are the user's own, and
-`isinstance` says yes to the user's class. What attnopt knows (the variants) hangs on the class,
+`isinstance` says yes to the user's class. The class keeps the user's name too, since libraries look
+models up by it and write it into files. What attnopt knows (the variants) hangs on the class,
 not on the instance: it is in no state dict and is rebuilt, not copied, by deepcopy and pickle.
 """
 
@@ -113,9 +114,9 @@ def _class_of(users: type[nn.Module], runtime: Runtime) -> type[OptimizedModule]
     forward.__doc__ = users.forward.__doc__
     forward.__signature__ = _signature(users.forward)  # type: ignore[attr-defined]
     body: dict[str, Any] = {
-        "__module__": users.__module__, "__doc__": users.__doc__, _RUNTIME: runtime,
+        "__module__": users.__module__, "__qualname__": users.__qualname__, "__doc__": users.__doc__, _RUNTIME: runtime,
         "forward": forward if runtime.instance_forward is None else _InstanceForward(forward)}
-    made = types.new_class(f"Optimized{users.__name__}", (OptimizedModule, users), {},
+    made = types.new_class(users.__name__, (OptimizedModule, users), {},
                            lambda namespace: namespace.update(body))
     return made
 
@@ -172,5 +173,5 @@ def make_report(runtime: Runtime, module: nn.Module | None = None) -> Report:
                     before="\n".join(before), after="\n".join(after), notes=notes,
                     calls=runtime.calls)
     if module is not None:
-        report.bind(runtime.own_forward(runtime.model), module.forward, lambda: runtime.example)
+        report.bind(runtime.own_forward, module.forward, lambda: runtime.example)
     return report

@@ -25,7 +25,7 @@ from attnopt.errors import CaptureError
 from attnopt.ir.captured import Captured
 from attnopt.passes import pipeline
 from attnopt.passes.autocast import autocast_state
-from attnopt.passes.capture import capture
+from attnopt.passes.capture import Traced, capture
 from attnopt.passes.capture_dynamo import compile_forward
 from attnopt.passes.guards import ValueGuard
 from attnopt.passes.options import Options
@@ -84,11 +84,12 @@ class Runtime:
             pieces = [self.preview]
         return whole + pieces
 
-    def own_forward(self, module: nn.Module) -> Callable[..., Any]:
-        """The forward that the user wrote, bound to `module`."""
+    @property
+    def own_forward(self) -> Callable[..., Any]:
+        """The forward that the user wrote, bound to the module of the user's own class."""
         if self.instance_forward is not None:
             return self.instance_forward
-        return types.MethodType(type(self.model).forward, module)
+        return types.MethodType(type(self.model).forward, self.model)
 
     def note(self, text: str) -> None:
         """A sentence for the report, once."""
@@ -99,25 +100,27 @@ class Runtime:
     # -- a call -------------------------------------------------------------------------------
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.disabled or module.__dict__ is not self.home:
-            return self.own_forward(module)(*args, **kwargs)
+        if self.disabled:
+            return self.own_forward(*args, **kwargs)
+        if module.__dict__ is not self.home:  # made from the class of an optimised module
+            return type(self.model).forward(module, *args, **kwargs)
         why = outside()
         if why is not None:
             self.calls[why] += 1
-            return self.own_forward(module)(*args, **kwargs)
+            return self.own_forward(*args, **kwargs)
         call = self._reader.read(args, kwargs)
         if call is None:  # the model's own TypeError
-            return self.own_forward(module)(*args, **kwargs)
+            return self.own_forward(*args, **kwargs)
         for variant in self.variants:
             values = variant.match(call)
-            if type(values) is not str:
+            if not isinstance(values, str):
                 if not variant.useful:
                     self.calls[NOTHING] += 1
-                    return self.own_forward(module)(*args, **kwargs)
+                    return self.own_forward(*args, **kwargs)
                 self.calls[HITS] += 1
                 return variant.run(values, call.leaves)
             why = values
-        return self._miss(self.own_forward(module), call, args, kwargs, why)
+        return self._miss(self.own_forward, call, args, kwargs, why)
 
     def _miss(self, own: Callable[..., Any], call: Call, args: tuple[Any, ...],
               kwargs: dict[str, Any], why: str | None) -> Any:
@@ -210,6 +213,8 @@ class Runtime:
             del self._seen[key]
             return variant
         except CaptureError as error:
+            if at_once and isinstance(error.seen, Traced):
+                self._preview(error.seen.captured)
             if error.transient and self._seen[key] < 2:
                 self.note(f"not captured yet: {error.reason}")
                 return None
@@ -223,6 +228,14 @@ class Runtime:
             _log.warning("capturing %s failed", type(self.model).__name__, exc_info=True)
         return None
 
+    def _preview(self, captured: Captured) -> None:
+        """What a report can say of a graph that cannot be run whole."""
+        try:
+            self.preview = (captured, pipeline.rewrite(captured, self.options))
+        except Exception:
+            _log.info("no preview of %s", type(self.model).__name__, exc_info=True)
+        captured.values = {}
+
     def _capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         if global_hooks():
             raise CaptureError("hooks on all modules are registered", front_end=False)
@@ -232,10 +245,6 @@ class Runtime:
         with progress(type(self.model).__name__):
             traced = capture(self.model, given, named, shapes)
             rewritten = pipeline.rewrite(traced.captured, self.options)
-        if traced.opaque is not None:
-            self.preview = (traced.captured, rewritten)
-            traced.captured.values = {}
-            raise CaptureError(f"forward returns a {traced.opaque}, which may have a state")
         variant = Variant(traced, rewritten.graph_module, rewritten.guards, call, self.model,
                           useful=_useful(rewritten))
         traced.captured.values = {}  # a variant must not keep tensors alive that are replaced
@@ -251,7 +260,7 @@ class Runtime:
     def run_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's own forward with every graph rewritten that Dynamo finds in it."""
         if self._compiled is None:
-            self._compiled = compile_forward(self.own_forward(self.model), self._rewrite_graph,
+            self._compiled = compile_forward(self.own_forward, self._rewrite_graph,
                                              type(self.model).__name__, self.note)
         return self._compiled(*args, **kwargs)
 

@@ -23,9 +23,10 @@ from attnopt.passes.guards import ValueGuard
 from attnopt.passes.regions import enter_grad_mode
 
 try:  # torch's own check of many tensors at once; private, so do without where it is not
-    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+    from torch._C._dynamo import guards as _native
 except ImportError:
-    _TensorGuards = None
+    _native = None  # type: ignore[assignment]
+_TensorGuards: Any = getattr(_native, "TensorGuards", None)
 
 _TENSORS = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
 _MAX_REBUILDS = 8

@@ -82,6 +82,8 @@ class _Run:
         self.weights = self.edited().to(query.dtype)
         if spec.mix_weights:
             self.weights = mix(self.weights, operands[spec.mix_weights])
+        if spec.mix_bias:
+            self.weights = self.weights + operands[spec.mix_bias][:, None, None]
         self.weights = torch.dropout(self.weights, spec.dropout, train=spec.dropout > 0)
         self.out = self.finished(self.weights @ value, value)
 

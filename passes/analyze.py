@@ -17,7 +17,7 @@ import torch
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.ir.mask import ALL, Mask
+from attnopt.ir.mask import ALL, Mask, Where
 from attnopt.ir.spec import leading_axes
 from attnopt.passes.axes import length, product, resolve, settle
 from attnopt.passes.canonical import Canonical
@@ -36,21 +36,24 @@ class Facts:
     gained: list[str] = field(default_factory=list)
     taken: set[str] = field(default_factory=set)
     mask: Mask = ALL
+    #: the part of the mask that was proven, without selections by an operand
+    proven: Mask = ALL
 
 
 def analyze(analysis: Analysis, canonical: Canonical) -> tuple[Canonical, Facts]:
     """Move what is proven from the logits into the mask."""
-    facts = Facts(mask=canonical.spec.mask)
+    facts = Facts(mask=canonical.spec.mask, proven=canonical.spec.mask)
     if canonical.spec.normalizer != "softmax":
         for slot in canonical.operands:
             _describe(analysis, canonical, slot, facts)
         return canonical, facts
     logits = _peel(analysis, canonical, canonical.spec.logits, facts)
+    logits, empty_row = _selections(analysis, canonical, logits, facts)
     for slot in sorted(set(canonical.operands) - set(facts.words)):
         _describe(analysis, canonical, slot, facts)
     if logits is canonical.spec.logits and facts.mask is canonical.spec.mask:
         return canonical, facts
-    spec = canonical.spec.with_(logits=logits, mask=facts.mask)
+    spec = canonical.spec.with_(logits=logits, mask=facts.mask, empty_row=empty_row)
     operands = {o.slot: canonical.operands[o.slot] for o in spec.operands
                 if o.slot in canonical.operands}
     return replace(canonical, spec=spec, operands=operands), facts
@@ -93,6 +96,55 @@ def _peel(analysis: Analysis, canonical: Canonical, e: Expr, facts: Facts) -> Ex
     return e
 
 
+def _selections(analysis: Analysis, canonical: Canonical, e: Expr,
+                facts: Facts) -> tuple[Expr, str]:
+    """Move selections with a fill of -inf, or so low that it underflows, into the mask.
+
+    A row without a key is then NaN, or uniform where the fill is finite: all its logits are equal.
+    Both at once have no such rule; the finite one then stays in the logits.
+    """
+    empty = canonical.spec.empty_row
+    found = _selection(e)
+    if found is not None and -math.inf < found[1] and facts.mask.row_always_kept() \
+            and empty == "nan" and _finite(analysis, canonical, found[2]):
+        keep, _, e = found
+        facts.mask = facts.mask & Where(keep)
+        return e, "uniform"
+    return _infinite(e, facts), empty
+
+
+def _selection(e: Expr) -> tuple[Expr, float, Expr] | None:
+    """(keep, fill, logits) of a selection with a low fill."""
+    if e.op != "where":
+        return None
+    condition, yes, no = e.args
+    if no.op == "const" and no.value <= LOW:
+        return condition, no.value, yes
+    if yes.op == "const" and yes.value <= LOW:
+        return ~condition, yes.value, no
+    return None
+
+
+def _infinite(e: Expr, facts: Facts) -> Expr:
+    """`e` without selections that fill with -inf; finite terms added later do not change one."""
+    found = _selection(e)
+    if found is not None and found[1] == -math.inf:
+        facts.mask = facts.mask & Where(found[0])
+        return _infinite(found[2], facts)
+    if e.op == "add":
+        return E.call("add", *(a if _is_operand(a) else _infinite(a, facts) for a in e.args))
+    if e.op in ("mul", "div") and e.args[1].op == "const" and e.args[1].value > 0:
+        return E.call(e.op, _infinite(e.args[0], facts), e.args[1])
+    return e
+
+
+def _finite(analysis: Analysis, canonical: Canonical, e: Expr) -> bool:
+    """Do the operands of `e` hold no mask of their own, as far as provenance tells?"""
+    parts = [analysis.provenance(canonical.operands[s].node).parts for s in e.slots]
+    return all(p <= {"parameter", "activation"} for p in parts) and not any(
+        leaf.op == "const" and leaf.value == -math.inf for leaf in e.leaves)
+
+
 def _is_operand(e: Expr) -> bool:
     return e.op == "load" and not e.args
 
@@ -108,7 +160,7 @@ def _usable(found: Finding, fill: float | None, canonical: Canonical) -> bool:
 
 def _take(found: Finding, slot: str, facts: Facts) -> None:
     assert found.mask is not None
-    facts.mask = facts.mask & found.mask
+    facts.mask, facts.proven = facts.mask & found.mask, facts.proven & found.mask
     facts.guards.update(found.guards)
     facts.gained.append("a mask that keeps everything" if found.mask is ALL
                         else f"a {found.mask.describe()} mask")
@@ -171,7 +223,7 @@ def _named(dim: tuple[Any, ...], target: list[tuple[Any, ...]], names: tuple[str
 def words(facts: Facts, roles: Mapping[str, str]) -> tuple[str, str]:
     """(mask, bias) as short texts for the report."""
     carried = {s: w for s, w in facts.words.items() if w and s not in facts.taken}
-    masks = [] if facts.mask is ALL else [facts.mask.describe()]
+    masks = [] if facts.proven is ALL else [facts.proven.describe()]
     masks += [w for s, w in carried.items() if roles.get(s) == "mask"]
     biases = [w for s, w in carried.items() if roles.get(s) not in ("mask", None)]
     return " & ".join(dict.fromkeys(masks)), " + ".join(dict.fromkeys(biases))

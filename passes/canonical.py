@@ -113,6 +113,8 @@ def canonicalize(program: Program, site: Attention) -> Canonical:
         tensors["score_weight"] = Tensor(*site.vector, (inner,))
     mixes = {name: f"{name}_matrix" for name in ("mix_logits", "mix_weights")
              if getattr(site, name) is not None}
+    if site.mix_weights is not None and site.mix_weights.bias is not None:
+        mixes["mix_bias"] = "mix_weights_bias"
     declared += [Operand(slot, None, E.FLOAT, "mix") for slot in mixes.values()]
     spec = Spec(
         **mixes,  # type: ignore[arg-type]

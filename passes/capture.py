@@ -26,7 +26,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from attnopt.errors import CaptureError
-from attnopt.ir.captured import Captured, Origin
+from attnopt.ir.captured import Captured, Origin, OriginKind
 from attnopt.passes import observe
 from attnopt.passes.autocast import autocast_state, bake_autocast
 from attnopt.passes.guards import ValueGuard, private_copy
@@ -55,8 +55,6 @@ class Traced:
     guards: constants whose values the trace read
     without_grad: why it is right only where no gradient is recorded, else None
     with_grad: why it is right only where the gradient mode is on, else None
-    opaque: the class of an object that forward returns and that no graph can return (a key-value
-        cache), else None. The graph then returns the tensors alone: it can be looked at, not used.
     """
 
     captured: Captured
@@ -65,7 +63,6 @@ class Traced:
     guards: tuple[ValueGuard, ...] = ()
     without_grad: str | None = None
     with_grad: str | None = None
-    opaque: str | None = None
 
 
 def capture(
@@ -89,8 +86,15 @@ def capture(
         leaves = pytree.tree_leaves((args, kwargs))
         check_leaves(leaves)
         watch = Watch()
-        program = _export(model, args, kwargs, dynamic_shapes, watch, state)
-        return _traced(model, program, leaves, watch, state)
+        program, problem = _export(model, args, kwargs, dynamic_shapes, watch, state)
+        try:
+            traced = _traced(model, program, leaves, watch, state)
+        except CaptureError as error:
+            raise problem or error from None
+        if problem is not None:
+            problem.seen = traced
+            raise problem
+        return traced
 
 
 def check_leaves(leaves: list[Any]) -> None:
@@ -111,7 +115,9 @@ def check_leaves(leaves: list[Any]) -> None:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any,
-            watch: Watch, state: ModuleState) -> torch.export.ExportedProgram:
+            watch: Watch, state: ModuleState
+            ) -> tuple[torch.export.ExportedProgram, CaptureError | None]:
+    """The exported program, with what stands in the way of running it."""
     view = view_of(model)
     held = {id(t) for m in state.modules for d in (m._parameters, m._buffers, m.__dict__)
             for t in d.values() if isinstance(t, torch.Tensor)}
@@ -129,14 +135,14 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         raise (found[0] if found else CaptureError(_one_line(error))) from error
     finally:
         changed = state.restore_objects()
-    if found:
-        raise found[0]
     if changed is not None:
-        raise CaptureError(f"forward changes {changed}, which an object of the model holds",
-                           transient=True)
+        found.append(CaptureError(f"forward changes {changed}, which an object of the model holds",
+                                  transient=True))
     if watch.draws is not None:
-        raise CaptureError(f"forward draws from {watch.draws}")
-    return program
+        found.append(CaptureError(f"forward draws from {watch.draws}"))
+    if watch.opaque is not None:
+        found.append(CaptureError(f"forward returns a {watch.opaque}, which may have a state"))
+    return program, found[0] if found else None
 
 
 @contextlib.contextmanager
@@ -193,8 +199,7 @@ def _traced(model: nn.Module, program: torch.export.ExportedProgram, leaves: lis
         out_spec=program.call_spec.out_spec, symbols=sizes.symbols, conditions=sizes.conditions,
         front_end="export", model_name=type(model).__name__)
     guards = _read_constants(state) if watch.reads_values else ()
-    return Traced(captured, state, sizes, guards, watch.without_grad, watch.with_grad,
-                  watch.opaque)
+    return Traced(captured, state, sizes, guards, watch.without_grad, watch.with_grad)
 
 
 def _read_constants(state: ModuleState) -> tuple[ValueGuard, ...]:
@@ -208,8 +213,9 @@ def _read_constants(state: ModuleState) -> tuple[ValueGuard, ...]:
 def _lifted(model: nn.Module, program: torch.export.ExportedProgram, spec: Any
             ) -> tuple[Origin, torch.Tensor]:
     """Origin and live value of a tensor that the tracer lifted out of the model."""
-    kinds = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer",
-             InputKind.CONSTANT_TENSOR: "constant"}
+    kinds: dict[Any, OriginKind] = {
+        InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer",
+        InputKind.CONSTANT_TENSOR: "constant"}
     if spec.kind not in kinds:
         raise CaptureError(f"the graph has an input of kind {spec.kind.name}")
     home = find_slot(model, spec.target)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PURE_HOOKS = ("torch.nn.utils.", "transformers.utils.output_capturing")
 _TENSORS = ("_parameters", "_buffers")
 _NO_STATE = (nn.Module, torch.Tensor, enum.Enum, type, types.ModuleType, types.FunctionType,
              types.BuiltinFunctionType, types.MethodType, torch._ops.OpOverload)
@@ -71,10 +72,13 @@ class ModuleState:
 
     @property
     def hooked(self) -> str | None:
-        """Path of a submodule with forward or backward hooks, None where there is none."""
+        """Path of a submodule with hooks that may have effects of their own, None where there is
+        none. Hooks of torch's normalisations of weights, and those by which transformers collects
+        the outputs that a model returns, are part of the forward around them."""
         for module in self.modules[1:]:
-            if any(getattr(module, kind) for kind in _HOOKS):
-                return self.names[id(module.__dict__)]
+            for hook in (h for kind in _HOOKS for h in getattr(module, kind).values()):
+                if not (getattr(hook, "__module__", None) or "").startswith(_PURE_HOOKS):
+                    return self.names[id(module.__dict__)]
         return None
 
     @property

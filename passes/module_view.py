@@ -58,12 +58,13 @@ def _container(value: Any, copies: dict[int, Any]) -> Any:
     """A copy of a container or bound method in which modules are replaced by their copies."""
     kind = type(value)
     if kind in (dict, OrderedDict, defaultdict):
-        copy = kind(value.default_factory) if kind is defaultdict else kind()
+        copy: Any = kind(value.default_factory) if kind is defaultdict else kind()
         copies[id(value)] = copy
         copy.update((key, _value(entry, copies)) for key, entry in value.items())
         return copy
     if kind is list:
-        copies[id(value)] = listed = []
+        listed: list[Any] = []
+        copies[id(value)] = listed
         listed.extend(_value(entry, copies) for entry in value)
         return listed
     if kind in (tuple, set):

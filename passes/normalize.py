@@ -66,6 +66,7 @@ class View:
     birth:     view node -> position of that author node in the author's graph
     roots:     author node -> author node that owns its memory
     writes_to: root -> positions at which it is written
+    position: author node -> its place in the author's graph
     """
 
     graph: fx.Graph
@@ -74,6 +75,8 @@ class View:
     roots: dict[fx.Node, fx.Node] = field(default_factory=dict)
     writes_to: dict[fx.Node, list[int]] = field(default_factory=dict)
     position: dict[fx.Node, int] = field(default_factory=dict)
+    #: last values of inputs and buffers that the program writes to
+    left_behind: list[fx.Node] = field(default_factory=list)
 
     def readable_at(self, node: fx.Node, at: fx.Node) -> bool:
         """Does the author's tensor of `node` still hold this value when author node `at` runs?"""
@@ -107,6 +110,8 @@ class _Functionaliser:
                 self.write(node, written)
             else:
                 self.copy(node)
+        self.view.left_behind = [self.current[root] for root in self.view.writes_to
+                                 if root.op in ("placeholder", "get_attr")]
         return self.view
 
     def root(self, node: fx.Node) -> fx.Node:

@@ -93,6 +93,8 @@ def _as_softmax(e: Expr, markers: Mapping[Expr, Marker]) -> Normalizer | None:
         if marker is not None and marker.kind == "sum" and marker.of is top:
             if top.op == "exp":
                 return Normalizer("softmax", False, row_free(top.args[0], markers), E.weight)
+            if not any(n.op in FUNCTIONS for n in top.walk()):
+                return Normalizer("identity", True, row_free(top, markers), E.weight)
             if top.op in FUNCTIONS:
                 return Normalizer(top.op, True, row_free(top.args[0], markers), E.weight)
     return None

@@ -78,7 +78,8 @@ def _execute(node: fx.Node, known: Mapping[fx.Node, Any], precise: bool) -> Any:
     if is_cast(node):
         return args[0]
     if name in SOFTMAX:
-        return torch.softmax(args[0], args[1])
+        function = torch.log_softmax if "log" in name else torch.softmax
+        return function(args[0], args[1])
     if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point \
             and args and isinstance(args[0], torch.Tensor) and name not in (
                 "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones"):

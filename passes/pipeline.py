@@ -171,6 +171,8 @@ def _replaceable(program: Program, site: Attention) -> None:
     if site.dropout:
         raise Decline("dropout draws on the weights: kept, so that the random stream stays the "
                       "author's", site.anchor)
+    if not site.keys or all(a.size == 1 for a in site.keys):
+        raise Decline("a single key: nothing to fuse")
     if written_later(view, end):
         raise Decline("its result is written in place later", end)
 
@@ -179,8 +181,9 @@ def _only_returned(program: Program, node: fx.Node, depth: int = 8) -> bool:
     """Does everything made from `node` end as a result of the model?"""
     if node.op == "output":
         return True
-    return depth > 0 and node.op == "call_function" and all(
-        _only_returned(program, u, depth - 1) for u in program.users(node))
+    users = program.users(node)
+    return depth > 0 and node.op == "call_function" and bool(users) and all(
+        _only_returned(program, u, depth - 1) for u in users)
 
 
 def _region(captured: Captured, program: Program, canonical: Canonical, facts: Facts) -> Region:

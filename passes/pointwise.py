@@ -33,10 +33,37 @@ def _rsub(node: fx.Node, a: Expr, b: Expr, alpha: Any = 1) -> Expr:
 
 def _div(node: fx.Node, a: Expr, b: Expr, *, rounding_mode: str | None = None) -> Expr:
     if rounding_mode is None:
-        return E.call("div", a, b)
+        return _quotient(a, b)
     if rounding_mode == "floor" and a.dtype == b.dtype == E.INT:
         return E.call("floordiv", a, b)
     raise Decline(f"division with rounding_mode={rounding_mode!r}", node)
+
+
+def _quotient(a: Expr, b: Expr) -> Expr:
+    """a / b, where 1 / (1 + exp(-x)) is the sigmoid of x."""
+    if a.op == "const" and a.value == 1 and b.op == "add" and b.args[1].op == "const" \
+            and b.args[1].value == 1 and b.args[0].op == "exp":
+        return E.call("sigmoid", -b.args[0].args[0])
+    return E.call("div", a, b)
+
+
+def _mul(node: fx.Node, a: Expr, b: Expr) -> Expr:
+    """a * b, where a * (1 / b) is a / b."""
+    for x, y in ((a, b), (b, a)):
+        if y.op == "div" and y.args[0].op == "const" and y.args[0].value == 1:
+            return E.call("div", x, y.args[1])
+    return E.call("mul", a, b)
+
+
+def _exp(node: fx.Node, a: Expr) -> Expr:
+    return a.args[0] if a.op == "log" else E.call("exp", a)
+
+
+def _maximum(node: fx.Node, a: Expr, b: Expr) -> Expr:
+    """max(a, 0) is relu."""
+    if b.op == "const" and b.value == 0 and a.dtype == E.FLOAT:
+        return E.call("relu", a)
+    return E.call("maximum", a, b)
 
 
 def _unary(op: str) -> Rule:
@@ -54,6 +81,8 @@ def _swapped(op: str) -> Rule:
 def _pow(node: fx.Node, a: Expr, b: Expr) -> Expr:
     if b.op == "const" and b.value == 2:
         return E.call("mul", a, a)
+    if b.op == "const" and b.value == -1:
+        return E.call("div", 1.0, a)
     return E.call("pow", a, b)
 
 
@@ -69,7 +98,7 @@ def _clamp(node: fx.Node, a: Expr, low: Any = None, high: Any = None, *, min: An
            max: Any = None) -> Expr:
     low, high = low if min is None else min, high if max is None else max
     if low is not None:
-        a = E.call("maximum", a, low)
+        a = _maximum(node, a, E.wrap(low))
     return a if high is None else E.call("minimum", a, high)
 
 
@@ -115,13 +144,13 @@ def _plain(x: Any) -> Any:
 
 POINTWISE: dict[str, Rule] = {
     "add": _alpha("add"), "sub": _alpha("sub"), "subtract": _alpha("sub"), "rsub": _rsub,
-    "mul": _binary("mul"), "multiply": _binary("mul"), "div": _div, "divide": _div,
-    "true_divide": _div, "minimum": _binary("minimum"), "maximum": _binary("maximum"),
+    "mul": _mul, "multiply": _mul, "div": _div, "divide": _div,
+    "true_divide": _div, "minimum": _binary("minimum"), "maximum": _maximum,
     "pow": _pow, "square": _square, "clamp": _clamp, "clamp_max": _clamp_max, "clip": _clamp,
-    "clamp_min": lambda node, a, low: E.call("maximum", a, low),
+    "clamp_min": _maximum, "exp": _exp, "reciprocal": lambda node, a: E.call("div", 1.0, a),
     "softplus": _softplus, "nan_to_num": _nan_to_num, "addcmul": _addcmul,
     "where": _where, "masked_fill": _masked_fill, "dropout": _dropout,
-    **{op: _unary(op) for op in ("neg", "abs", "exp", "exp2", "log", "log1p", "sqrt", "rsqrt",
+    **{op: _unary(op) for op in ("neg", "abs", "exp2", "log", "log1p", "sqrt", "rsqrt",
                                  "tanh", "sigmoid", "relu", "cos", "sin", "sign", "erf",
                                  "isnan")},
     "logical_and": _binary("and"), "bitwise_and": _binary("and"), "__and__": _binary("and"),

@@ -19,13 +19,14 @@ from attnopt.passes.normalize import View, is_tensor, op_name
 from attnopt.passes.pointwise import is_cast, is_pointwise
 from attnopt.passes.scores import raw_score
 
-SOFTMAX = frozenset(("softmax", "_softmax", "special_softmax"))
+SOFTMAX = frozenset(("softmax", "_softmax", "special_softmax", "log_softmax", "_log_softmax",
+                     "special_log_softmax"))
 SDPA = frozenset(("scaled_dot_product_attention",))
 REDUCTIONS = frozenset(("sum", "amax", "max", "logsumexp"))
 _CARRIERS = REDUCTIONS | LAYOUT_OPS | frozenset((
     "cat", "concat", "slice", "narrow", "select", "select_scatter", "slice_scatter", "fill",
     "copy", "dropout", "detach", "tril", "triu", "getitem", "norm", "linalg_vector_norm",
-    "masked_scatter", "split", "split_with_sizes", "chunk",
+    "split", "split_with_sizes", "chunk", "index_put",
 ))
 _MOST_SOURCES = 24
 
@@ -50,8 +51,9 @@ class Program:
 
     def _live(self) -> set[fx.Node]:
         live: set[fx.Node] = set()
-        stack = [n for n in self.nodes if n.op == "output" or (n.op == "call_function"
-                                                               and n.is_impure())]
+        stack = [*self.view.left_behind]
+        stack += [n for n in self.nodes if n.op == "output" or (n.op == "call_function"
+                                                                and n.is_impure())]
         while stack:
             node = stack.pop()
             if node not in live:

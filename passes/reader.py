@@ -50,9 +50,16 @@ class Marker:
 
 @dataclass
 class Reader:
+    """Reads one tensor. `terminals` are the targets, and what each of them reads as.
+
+    of_weights: what is read lies behind the normaliser, where dropout may be and one index of a
+                leading axis may be selected (`fixed` then says which)
+    """
+
     program: Program
     keys: frozenset[Axis]
     terminals: dict[fx.Node, Terminal]
+    of_weights: bool = False
     operands: dict[str, Loaded] = field(default_factory=dict)
     markers: dict[Expr, Marker] = field(default_factory=dict)
     interior: list[fx.Node] = field(default_factory=list)
@@ -60,8 +67,8 @@ class Reader:
     dtypes: set[torch.dtype] = field(default_factory=set)
     dropout: float = 0.0
     detached: bool = False
-    _memo: dict[fx.Node, tuple[Layout, Expr]] = field(default_factory=dict)
-    _constants: int = 0
+    fixed: dict[Axis, int] = field(default_factory=dict)
+    _memo: dict[tuple[fx.Node, Layout], Expr] = field(default_factory=dict)
 
     # -- reading ----------------------------------------------------------------------------
     def read(self, node: Any, layout: Layout) -> Expr:
@@ -73,16 +80,14 @@ class Reader:
         if not is_tensor(node):
             raise Decline("a symbolic number enters the scores", node)
         layout = settle(layout)
-        known = self._memo.get(node)
+        known = self._memo.get((node, layout))
         if known is not None:
-            if settle(known[0]) != layout:
-                raise Decline("one tensor is used with two layouts", node)
-            return known[1]
+            return known
         try:
             found = self._read(node, layout)
         except Decline as no:
             raise no.at(node) from None
-        self._memo[node] = (layout, found)
+        self._memo[node, layout] = found
         return found
 
     def on_path(self, node: fx.Node) -> bool:
@@ -111,6 +116,10 @@ class Reader:
             return self.read(node.args[0], layout)
         if name in ("tril", "triu"):
             return self._triangle(node, layout)
+        if name == "index_put":
+            return self._masked_assignment(node, layout)
+        if name == "select" and self.of_weights:
+            return self._select(node, layout)
         if name in ("select_scatter", "slice_scatter"):
             return self._scatter(node, layout)
         if name in ("fill", "copy"):
@@ -173,6 +182,8 @@ class Reader:
     def _dropout(self, node: fx.Node, layout: Layout) -> Expr:
         _, p, train = node.args
         if train and p:
+            if not self.of_weights:
+                raise Decline("dropout on the scores", node)
             self.dropout = float(p)  # type: ignore[arg-type]
         return self.read(node.args[0], layout)
 
@@ -221,6 +232,30 @@ class Reader:
         k = E.index("k")
         inside = (E.const(start) <= k) & (k < E.const(stop))
         return E.where(inside, number, self.read(base, layout))
+
+    def _masked_assignment(self, node: fx.Node, layout: Layout) -> Expr:
+        """x[mask] = value, with a boolean mask over the leading dimensions of x."""
+        base, places, source, *accumulate = node.args
+        if len(places) != 1 or any(accumulate) or not is_tensor(places[0]):  # type: ignore
+            raise Decline("an indexed assignment into the scores", node)
+        mask: fx.Node = places[0]  # type: ignore[index,assignment]
+        number = self.program.constant(source)  # type: ignore[arg-type]
+        if mask.meta["val"].dtype != torch.bool or number is None:
+            raise Decline("an indexed assignment into the scores", node)
+        condition = self.read(mask, layout[: mask.meta["val"].dim()])
+        return E.where(condition, number, self.read(base, layout))
+
+    def _select(self, node: fx.Node, layout: Layout) -> Expr:
+        """weights[..., i, ...] along a leading axis: everything is read at i there."""
+        source, dim, number = node.args
+        size = _shape(source)[dim]  # type: ignore[index]
+        rank = len(layout) + 1
+        if not isinstance(number, int) or not isinstance(size, int):
+            raise Decline("a selection by a symbolic number", node)
+        axis = Axis(size)
+        self.fixed[axis] = number % size
+        at = dim % rank  # type: ignore[operator]
+        return self.read(source, (*layout[:at], (axis,), *layout[at:]))
 
     def _reduction(self, node: fx.Node, layout: Layout) -> Expr:
         dims, keep = reduced_dims(node)

@@ -9,7 +9,7 @@ dimensions never do. Every softmax that no site takes is recorded with the reaso
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -18,7 +18,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.passes.axes import Axis, Layout, axes_of, broadcast, resolve, settle, shape_of
 from attnopt.passes.contraction import Contraction, contraction
-from attnopt.passes.heads import HeadMix
+from attnopt.passes.heads import HeadMix, head_mix
 from attnopt.passes.layout import strip
 from attnopt.passes.normalize import is_tensor, op_name
 from attnopt.passes.normalizers import Normalizer, by_hand, row_free
@@ -105,15 +105,16 @@ def recognize(program: Program) -> tuple[list[Attention], list[Miss]]:
             except Decline as no:
                 reasons[node] = Miss(node, no.reason, no.node)
             continue
+        mix = head_mix(node)
         second = contraction(node)
-        if second is not None:
+        if second is not None and (mix is None or program.on_input(mix.matrix)):
             _try_contraction(program, second, found, reasons, reassociable)
     taken = {a.anchor for a in found}
     for site in found:
         site.escapes = _escapes(program, site)
     for node in program.nodes:
         if op_name(node) in SOFTMAX and node in program.live and node.op == "call_function" \
-                and node not in taken and node not in reasons:
+                and node not in taken and node not in reasons and "log" not in op_name(node):
             reasons[node] = Miss(node, "no contraction over the softmax axis follows", node)
     misses = [m for n, m in reasons.items() if n not in taken]
     covered = {n for a in found for n in a.interior}
@@ -161,20 +162,22 @@ def _read(program: Program, second: Contraction, weights: Operand, values: Opera
     node, layout = weights
     if not norms:
         return [_by_hand(program, second, weights, values)]
-    heads: dict[fx.Node, tuple[Layout, Expr]] = {}
+    heads: dict[tuple[fx.Node, Layout], Expr] = {}
 
     def softmax(at: fx.Node, where: Layout) -> Expr:
-        if at not in heads:
-            heads[at] = (where, E.load(f"__weight{len(heads)}") if heads else E.weight)
-        return heads[at][1]
+        if (at, where) not in heads:
+            heads[at, where] = E.load(f"__weight{len(heads)}") if heads else E.weight
+        found = heads[at, where]
+        return E.call("log", found) if "log" in op_name(at) else found
 
-    reader = Reader(program, keys, dict.fromkeys(norms, softmax), key_order=order)
+    reader = Reader(program, keys, dict.fromkeys(norms, softmax), of_weights=True,
+                    key_order=order)
     sink: _Sink | None = None
     core = _sink_slice(program, node, layout, keys)
     if core is not None:
         sink = core
         reader.interior += sink.interior
-        heads[sink.softmax] = (sink.layout, E.weight)
+        heads[sink.softmax, sink.layout] = E.weight
         expression: Expr = E.weight
     else:
         expression = reader.read(node, layout)
@@ -182,7 +185,7 @@ def _read(program: Program, second: Contraction, weights: Operand, values: Opera
         raise Decline("the softmax does not reach the contraction", node)
     if len(heads) > 1:
         return _several(program, second, weights, values, reader, heads, expression)
-    (anchor, (at, _)), = heads.items()
+    (anchor, at), = heads
     return [_site(program, second, weights, values, reader, anchor, at, expression, sink)]
 
 
@@ -198,8 +201,6 @@ def _site(program: Program, second: Contraction, weights: Operand, values: Opera
     if frozenset(resolve(at[dim])) != resolve_set(own):
         raise Decline("the softmax runs over other axes than the contraction", anchor)
     expression, mixed = _unmixed(expression, reader)
-    if mixed is not None and mixed.bias is not None:
-        raise Decline("a bias on the mixed weights", mixed.bias)
     expression, renormalize = _renormalized(expression, reader.markers)
     if any(leaf in reader.markers for leaf in expression.leaves):
         raise Decline("a row reduction enters the weights", anchor)
@@ -217,6 +218,8 @@ def _site(program: Program, second: Contraction, weights: Operand, values: Opera
         site.sinks = sink.logit
         site.operands["sink"] = sink.operand
     site.renormalize, site.dropout = renormalize, reader.dropout
+    here = axes_of(at)
+    site.fixed = {a: i for axis, i in reader.fixed.items() for a in resolve((axis,)) if a in here}
     site.detached = reader.detached or logits_reader.detached
     if site.dropout and expression is not E.weight:
         raise Decline("weights are edited around a dropout", anchor)
@@ -384,18 +387,17 @@ def _key_only(program: Program, node: fx.Node, layout: Layout, outer: Reader,
 
 # -- several softmaxes, none, sinks -------------------------------------------------------------
 def _several(program: Program, second: Contraction, weights: Operand, values: Operand,
-             reader: Reader, heads: dict[fx.Node, tuple[Layout, Expr]],
+             reader: Reader, heads: dict[tuple[fx.Node, Layout], Expr],
              expression: Expr) -> list[Attention]:
     """a1*softmax1 + a2*softmax2 (differential attention): one site per softmax, by linearity."""
     sites = []
-    symbols = [symbol for _, symbol in heads.values()]
-    for anchor, (at, symbol) in heads.items():
+    symbols = list(heads.values())
+    for (anchor, at), symbol in heads.items():
         others = {s: E.const(0.0) for s in symbols if s is not symbol}
         alone = expression.replace({**others, symbol: E.weight})
         _check_linear(expression, symbols, anchor)
-        own = Reader(program, reader.keys, reader.terminals, dict(reader.operands),
-                     reader.markers, list(reader.interior), set(reader.dtypes), reader.dropout,
-                     key_order=reader.key_order)
+        own = replace(reader, operands=dict(reader.operands), interior=list(reader.interior),
+                      dtypes=set(reader.dtypes))
         site = _site(program, second, weights, values, own, anchor, at, _tidy(alone))
         if site.weights is not E.weight:
             raise Decline("a combination of softmaxes whose factors vary along the keys", anchor)
@@ -454,7 +456,7 @@ def _by_hand(program: Program, second: Contraction, weights: Operand,
     for main in sorted(candidates, key=lambda s: not _is_activation_pair(program, s)):
         raw = raw_score(main)
         assert raw is not None
-        reader = Reader(program, keys, {}, key_order=order)
+        reader = Reader(program, keys, {}, of_weights=True, key_order=order)
 
         def scores(at: fx.Node, where: Layout, raw: RawScore = raw) -> Expr:
             raw.meet(where)

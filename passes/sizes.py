@@ -86,7 +86,8 @@ def _expressions(value: Any, text: str) -> list[tuple[str, sympy.Expr]]:
         return [(text, value.node.expr)]
     if not isinstance(value, torch.Tensor):
         return []
-    return [(f"{text}.shape[{d}]", size.node.expr) for d, size in enumerate(value.shape)
+    sizes: list[Any] = list(value.shape)
+    return [(f"{text}.shape[{d}]", size.node.expr) for d, size in enumerate(sizes)
             if isinstance(size, torch.SymInt)]
 
 

@@ -116,8 +116,8 @@ class Watch(TorchFunctionMode):
     def _generators(self) -> Iterator[None]:
         """torch's, Python's and NumPy's generators end as they began; draws are noted."""
         python = random.getstate()
-        numpy = getattr(sys.modules.get("numpy"), "random", None)
-        before = numpy.get_state() if numpy is not None else None
+        numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
+        before = None if numpy is None else numpy.get_state()
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         try:
             with torch.random.fork_rng(devices):

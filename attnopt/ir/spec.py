@@ -7,7 +7,7 @@ With raw scores s(q, k) between query rows and key rows, the normal form is
     keep = mask                                 `Mask`; a key that is not kept has x = -inf
     w = normalizer(x)                           with `sinks` as an extra logit that has no value
     w = weights(w, operands, row statistics)    pointwise `Expr`; renormalised if asked
-    w = mix_weights over heads
+    w = mix_weights over heads, plus mix_bias per head
     w = dropout(w)
     o = output(w @ V, operands)                 pointwise `Expr` at (…, q, d)
 
@@ -76,7 +76,8 @@ class Spec:
                   `sinks` such a row is zero
     groups:       int Expr giving a group to each key; `stat("mass:g")` is the weight of group g
     sinks:        a logit per row that takes part in the normaliser and has no value
-    mix_logits:   slot of a (heads out, heads in) matrix; mix_weights: likewise
+    mix_logits:   slot of a (heads out, heads in) matrix; mix_weights: likewise;
+                  mix_bias: of a vector (heads out,) that is added to the mixed weights
     renormalize:  divide by the row sum again after `weights`
     dropout:      probability on the weights; the mask is drawn as torch draws it
     compute:      dtype name of the softmax when the author casts up, else None
@@ -95,6 +96,7 @@ class Spec:
     sinks: Expr | None = None
     mix_logits: str | None = None
     mix_weights: str | None = None
+    mix_bias: str | None = None
     dropout: float = 0.0
     compute: str | None = None
     operands: tuple[Operand, ...] = field(default=())
@@ -118,7 +120,7 @@ class Spec:
     def slots(self) -> frozenset[str]:
         """Every operand that the expressions use."""
         exprs = (self.logits, self.weights, self.output, self.groups, self.sinks)
-        named = {s for s in (self.mix_logits, self.mix_weights) if s}
+        named = {s for s in (self.mix_logits, self.mix_weights, self.mix_bias) if s}
         if self.score == "additive":
             named.add("score_weight")
         return frozenset(named).union(self.mask.slots, *(e.slots for e in exprs if e is not None))

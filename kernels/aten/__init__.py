@@ -17,14 +17,14 @@ from torch import Tensor
 from attnopt.ir import expr as E
 from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels.aten.blocks import blocks
-from attnopt.kernels.aten.choose import block_tile, can_block, choose, reasons
+from attnopt.kernels.aten.choose import block_tile, can_block, choose
 from attnopt.kernels.aten.dense import dense
 from attnopt.kernels.aten.sdpa import plan, quick, sdpa
 from attnopt.kernels.aten.state import call_state
 from attnopt.kernels.aten.steps import steps
 from attnopt.kernels.aten.tile import broadcast
 
-__all__ = ["bind", "choose", "reasons"]
+__all__ = ["bind", "choose"]
 
 Attention = Callable[..., Tensor]
 

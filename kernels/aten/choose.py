@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -13,7 +12,6 @@ from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels.aten.dense import HALF
 from attnopt.kernels.aten.linear import varies
 from attnopt.kernels.aten.sdpa import plan
-from attnopt.kernels.aten.sdpa import reasons as sdpa_reasons
 from attnopt.kernels.aten.tile import broadcast
 
 #: Scores of one block of `blocks`, in bytes. On CPUs with 1 to 2 MB of second-level cache a core,
@@ -41,36 +39,14 @@ def choose(spec: Spec, query: Sequence[int], key: Sequence[int], value: Sequence
     return Schedule("aten:blocks", tile) if tile else Schedule("aten:dense")
 
 
-def reasons(spec: Spec, lowering: str, dtypes: Sequence[Any] = (), gradient: bool = False
-            ) -> list[str]:
-    """Why a lowering cannot compute the Spec, each as "X must be ..., got ..."; empty if it can.
-
-    dtypes: of query, key, value and the operands, as far as known; gradient: one may be asked for.
-    """
-    known = [d for d in dtypes if isinstance(d, torch.dtype)]
-    match lowering:
-        case "aten:sdpa":
-            found = sdpa_reasons(spec)
-            if gradient and spec.sinks is not None:
-                found.append("sinks must want no gradient")
-            if known and not known[0].is_floating_point:
-                found.append(f"query must be a float tensor, got {known[0]}")
-            return found
-        case "aten:blocks":
-            found = block_reasons(spec, known[0] if known else torch.float32)
-            return [*found, "no gradient must be asked for"] if gradient else found
-        case "aten:dense":
-            return []
-    return [f"lowering must be aten:sdpa, aten:blocks or aten:dense, got {lowering!r}"]
-
-
 def can_block(spec: Spec, dtype: torch.dtype) -> bool:
     """Whether `blocks` computes the Spec for inputs of this dtype."""
     return not block_reasons(spec, dtype)
 
 
 @functools.lru_cache(maxsize=1024)
-def _block_reasons(spec: Spec, dtype: torch.dtype) -> tuple[str, ...]:
+def block_reasons(spec: Spec, dtype: torch.dtype) -> tuple[str, ...]:
+    """Why `blocks` cannot, or should not, compute the Spec for inputs of this dtype."""
     found = []
     work = torch.float32 if dtype in HALF else dtype
     if spec.compute and torch.promote_types(work, getattr(torch, spec.compute)) != work:
@@ -84,11 +60,6 @@ def _block_reasons(spec: Spec, dtype: torch.dtype) -> tuple[str, ...]:
     if rows_alike(spec):
         found.append("weights must vary along q")
     return tuple(found)
-
-
-def block_reasons(spec: Spec, dtype: torch.dtype) -> list[str]:
-    """Why `blocks` cannot compute the Spec for inputs of this dtype."""
-    return list(_block_reasons(spec, dtype))
 
 
 def rows_alike(spec: Spec) -> bool:

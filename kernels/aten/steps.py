@@ -186,6 +186,8 @@ def weigh(s: Steps, tile: Tile, scores: Tensor, mode: str, scaled: bool = False
         weight = _edited(s, tile, weight, mode)
     if spec.mix_weights:
         weight = mix(weight, tile.operand(spec.mix_weights))
+    if spec.mix_bias:
+        weight = weight + tile.operand(spec.mix_bias)[:, None, None]
     if spec.dropout:
         weight = torch.dropout(weight, spec.dropout, train=True)
     return weight, divisor

@@ -17,13 +17,13 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Band, Causal, KeyKeep, Prefix, Segments, Where
 from attnopt.ir.spec import Operand, Schedule, Spec
 from attnopt.kernels import reference
-from attnopt.kernels.aten import bind, choose, reasons
+from attnopt.kernels.aten import bind, choose
 from attnopt.kernels.aten.blocks import key_range
-from attnopt.kernels.aten.choose import block_tile
+from attnopt.kernels.aten.choose import block_reasons, block_tile
 from attnopt.kernels.aten.codegen import MODES, compiled, source
 from attnopt.kernels.aten.heads import collapse
 from attnopt.kernels.aten.linear import linear
-from attnopt.kernels.aten.sdpa import plan
+from attnopt.kernels.aten.sdpa import plan, reasons
 from attnopt.kernels.aten.tile import Tile, broadcast
 
 B, H, Q, K, D = 2, 3, 5, 7, 8
@@ -466,15 +466,13 @@ def test_block_tile_keeps_to_the_cache() -> None:
 
 
 def test_reasons_say_what_must_be() -> None:
-    assert reasons(CASES["plain"], "aten:sdpa") == []
-    assert reasons(CASES["softcap"], "aten:sdpa") == ["logits must be scale * score + bias"]
-    assert "normalizer must be softmax, got relu" in reasons(CASES["relu"], "aten:sdpa")
-    assert reasons(CASES["sink"], "aten:sdpa", gradient=True)
-    assert reasons(CASES["softcap"], "aten:blocks") == []
-    assert reasons(CASES["talking heads"], "aten:blocks") == ["heads must not be mixed"]
-    assert reasons(CASES["plain"], "cpp") == [
-        "lowering must be aten:sdpa, aten:blocks or aten:dense, got 'cpp'"]
-    assert all(reasons(spec, "aten:dense") == [] for spec in CASES.values())
+    assert reasons(CASES["plain"]) == []
+    assert reasons(CASES["softcap"]) == ["logits must be scale * score + bias"]
+    assert "normalizer must be softmax, got relu" in reasons(CASES["relu"])
+    assert block_reasons(CASES["softcap"], torch.float32) == ()
+    assert block_reasons(CASES["talking heads"], torch.float32) == ("heads must not be mixed",)
+    assert block_reasons(CASES["key"], torch.float32) == ("weights must vary along q",)
+    assert block_reasons(CASES["upcast"], torch.bfloat16) == ()
 
 
 def test_foreign_and_impossible_schedules_are_chosen_again() -> None:
@@ -586,4 +584,4 @@ def test_bad_input_is_named() -> None:
         compiled(s, "fast")
     segments = Spec(mask=Segments("ids", "ids"),
                     operands=(Operand("ids", ("b", "k"), E.INT, "mask"),))
-    assert reasons(segments, "aten:sdpa") == []
+    assert reasons(segments) == []

@@ -348,16 +348,17 @@ def sigmoid_attention(self, q, k, v):
     return torch.sigmoid(q @ k.transpose(-2, -1) * SCALE - 2.0) @ v
 
 
-def sigmoid_by_exp(self, q, k, v):
-    return (1 / (1 + torch.exp(-(torch.matmul(q, k.mT) / 4 - 2.0)))) @ v
+def sigmoid_einsum(self, q, k, v):
+    weights = F.sigmoid(torch.einsum("bhqd,bhkd->bhqk", q, k).div(4.0).add(-2.0))
+    return torch.einsum("bhqk,bhkd->bhqd", weights, v)
 
 
 def relu_attention(self, q, k, v):
     return F.relu(q @ k.transpose(-2, -1) * SCALE) / k.size(-2) @ v
 
 
-def relu_squashed_after(self, q, k, v):
-    return (q @ k.transpose(-2, -1) * SCALE).clamp(min=0) @ v / k.size(-2)
+def relu_scaled(self, q, k, v):
+    return (torch.relu(torch.matmul(q * SCALE, k.mT)) * (1.0 / k.size(-2))) @ v
 
 
 def divide_after(self, q, k, v):
@@ -486,8 +487,8 @@ TABLE = [
     _row("sinks", sinks, sinks_as_denominator, setup=with_sinks),
     _row("differential", differential, differential_apart,
          QKV + ", q2: b h s d, k2: b h s d", with_differential),
-    _row("sigmoid", sigmoid_attention, sigmoid_by_exp),
-    _row("relu", relu_attention, relu_squashed_after),
+    _row("sigmoid", sigmoid_attention, sigmoid_einsum),
+    _row("relu", relu_attention, relu_scaled),
     _row("division after PV", divide_after, scale_mul),
     _row("weights also returned", weights_returned, weights_returned_einsum),
     _row("hand-written softmax", max_subtract, divide_after),

@@ -306,10 +306,10 @@ def _norm(name, first, second, inputs=QKV, setup=None, **more):
 
 WRITTEN_OUT = [
     _norm("log-sum-exp", log_sum_exp, by_softmax),
-    _norm("exp of log_softmax", log_softmax_exp, log_sum_exp),
+    _norm("exp of log_softmax", log_softmax_exp, log_sum_exp, required=False),
     _norm("exp / sum", exp_over_sum, by_softmax),
     _norm("exp, sum after PV", exp_sum_after, by_softmax, CROSS),
-    _norm("exp times reciprocal", exp_times_reciprocal, exp_over_sum),
+    _norm("exp times reciprocal", exp_times_reciprocal, exp_over_sum, required=False),
     _norm("exp normalised by F.normalize", exp_normalized, exp_over_sum, required=False),
     _norm("sum as a product with ones", sum_as_product_with_ones, exp_sum_after, required=False),
     _norm("hand-written with mask", hand_written_masked, by_softmax_masked, KEYS),
