@@ -65,7 +65,7 @@ class Runtime:
         self.notes: dict[str, None] = {}
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.disabled = os.environ.get("ATTNOPT_DISABLE", "") not in ("", "0")
-        self._reader = CallReader(self.own_forward(model))
+        self._reader = CallReader(self.own_forward)
         self._dynamic_structure: Any = None
         self._seen: Counter[Any] = Counter()
         self._refused: dict[Any, str] = {}
@@ -80,8 +80,8 @@ class Runtime:
         """What the report is about: one variant, and the graphs that Dynamo found."""
         whole = [r for r in self.results if r[0].front_end == "export"][:1]
         pieces = [r for r in self.results if r[0].front_end == "dynamo"]
-        if not pieces and self.preview is not None:
-            pieces = [self.preview]
+        if not whole and not pieces and self.preview is not None:
+            return [self.preview]
         return whole + pieces
 
     @property

@@ -1,4 +1,4 @@
-"""The functional view of a captured graph: the same program with every in-place write made explicit.
+"""The functional view of a captured graph: the same program with all in-place writes explicit.
 
 A captured graph is the author's own, in-place operations and all. To read it, recognition needs
 values instead of memory. `functional_view` copies the graph; each write `x.op_(…)` becomes a new
@@ -55,7 +55,8 @@ def writes(node: fx.Node) -> list[int]:
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     arguments = node.target._schema.arguments
-    return [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return [i for i, a in enumerate(arguments)
+            if a.alias_info is not None and a.alias_info.is_write]
 
 
 @dataclass
@@ -103,7 +104,8 @@ class _Functionaliser:
         self.undecided: set[fx.Node] = set()  # roots with a reshape that may or may not copy
 
     def run(self) -> View:
-        for self.at, node in enumerate(self.source.nodes):
+        for position, node in enumerate(self.source.nodes):
+            self.at = position
             self.view.position[node] = self.at
             written = writes(node) if node.op == "call_function" else []
             if written:

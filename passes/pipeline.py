@@ -20,7 +20,7 @@ from attnopt.passes.analyze import Facts, analyze, words
 from attnopt.passes.axes import product, resolve
 from attnopt.passes.canonical import Canonical, canonicalize
 from attnopt.passes.guards import ValueGuard
-from attnopt.passes.normalize import functional_view, op_name
+from attnopt.passes.normalize import View, functional_view, op_name
 from attnopt.passes.options import Options
 from attnopt.passes.program import PARAMETER, Program
 from attnopt.passes.provenance import Analysis
@@ -90,7 +90,7 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
         analysis = Analysis(view.graph, kinds, value_of)
         plans = [_plan(captured, program, analysis, site, options) for site in found]
     with clock("substitute"):
-        candidates = _substitute(graph, view, plans)
+        candidates = _substitute(graph, view, plans, trials=options.verify)
     if options.verify and candidates:
         with clock("verify"):
             verify(captured, view, [c for c, _ in candidates])
@@ -222,7 +222,7 @@ def _explain(no: Decline, program: Program) -> str:
     return no.reason + where
 
 
-def _missed(miss: Miss, view: Any) -> SiteRecord:
+def _missed(miss: Miss, view: View) -> SiteRecord:
     author = view.author.get(miss.anchor, miss.anchor)
     culprit = view.author.get(miss.node, miss.node) if miss.node is not None else author
     line = source_line(culprit)
@@ -233,9 +233,12 @@ def _missed(miss: Miss, view: Any) -> SiteRecord:
 
 
 # -- substitution -------------------------------------------------------------------------------
-def _substitute(graph: fx.Graph, view: Any,
-                plans: Sequence[_Planned]) -> list[tuple[Candidate, list[_Planned]]]:
-    """Emit the calls. Sites with one end stand or fall together."""
+def _substitute(graph: fx.Graph, view: View, plans: Sequence[_Planned], *,
+                trials: bool) -> list[tuple[Candidate, list[_Planned]]]:
+    """Emit the calls. Sites with one end stand or fall together.
+
+    With `trials`, canonical sites are emitted as well, for verification to see their Spec.
+    """
     by_end: dict[fx.Node, list[_Planned]] = {}
     for plan in plans:
         by_end.setdefault(plan.site.end, []).append(plan)
@@ -246,24 +249,38 @@ def _substitute(graph: fx.Graph, view: Any,
                 if p.canonical is not None:
                     _keep(p, "another softmax of the same result was declined")
             continue
-        if not all(p.match for p in members):
+        taken = all(p.match for p in members)
+        if not taken:
             for p in members:
                 p.match = None
-            continue
-        parts = [(p.canonical, p.match.spec, p.match.schedule)  # type: ignore[union-attr]
-                 for p in members]
+            if not trials or not all(map(_can_be_tried, members)):
+                continue
         before = set(graph.nodes)
         try:
-            done = substitute(graph, view, parts)  # type: ignore[arg-type]
+            done = substitute(graph, view, [_part(p) for p in members])
         except Decline as no:
             for node in reversed([n for n in graph.nodes if n not in before]):
                 graph.erase_node(node)
             for p in members:
                 p.match = None
-                p.record.rule, p.record.reason = "", no.reason
+                if taken:
+                    p.record.rule, p.record.reason = "", no.reason
             continue
-        made.append((Candidate([p.canonical for p in members], done), members))  # type: ignore
+        parts = [p.canonical for p in members if p.canonical is not None]
+        made.append((Candidate(parts, done, trial=not taken), members))
     return made
+
+
+def _part(plan: _Planned) -> tuple[Canonical, Spec, Schedule]:
+    assert plan.canonical is not None
+    if plan.match is not None:
+        return plan.canonical, plan.match.spec, plan.match.schedule
+    return plan.canonical, plan.canonical.spec.with_(dropout=0.0), Schedule("aten:dense")
+
+
+def _can_be_tried(plan: _Planned) -> bool:
+    site = plan.site
+    return site.kind != "key" and site.mix_logits is None and site.mix_weights is None
 
 
 def _keep(plan: _Planned, reason: str) -> None:
@@ -272,13 +289,16 @@ def _keep(plan: _Planned, reason: str) -> None:
     plan.record.reason = reason
 
 
-def _settle(graph: fx.Graph, view: Any, candidate: Candidate, members: Sequence[_Planned],
+def _settle(graph: fx.Graph, view: View, candidate: Candidate, members: Sequence[_Planned],
             guards: set[str], touched: set[fx.Node]) -> None:
     """Put an accepted rewrite in, take a refused one out."""
     for plan in members:
         record = plan.record
         record.error, record.error_original = candidate.error, candidate.error_original
         record.error_bound = candidate.bound
+    if candidate.trial and candidate.accepted:
+        discard(graph, candidate.done)
+        return
     if not candidate.accepted:
         discard(graph, candidate.done)
         for plan in members:
@@ -319,6 +339,3 @@ def _short(arg: Any) -> str:
     if isinstance(arg, (list, tuple)):
         return f"[{', '.join(map(_short, arg))}]"
     return str(arg)
-
-
-__all__ = ["Rewritten", "rewrite", "readable", "Schedule", "Spec"]

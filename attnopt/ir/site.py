@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.util import find_spec
 
+import torch
 from torch import fx
 
 KINDS = ("attention", "sampling", "reassociable")
@@ -52,17 +53,25 @@ def module_path(node: fx.Node) -> str:
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_INTERNAL = re.compile(r"[/\\](torch|attnopt)[/\\](?!.*tests[/\\])")
+
+
+def _homes() -> tuple[str, ...]:
+    """Folders of torch and of the passes, whose frames are not the user's."""
+    found = find_spec("attnopt.passes")
+    package = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    folders = [os.path.dirname(torch.__file__), *(
+        os.path.join(package, name) for name in ("module.py", "runtime.py", "variants.py"))]
+    if found is not None and found.origin:
+        folders.append(os.path.dirname(found.origin))
+    return tuple(os.path.realpath(f) for f in folders)
+
+
+_HOMES = _homes()
 
 
 def source_line(node: fx.Node) -> str:
     """"file.py:123" of the user's own code that made the node: the innermost frame that is not
     torch's, or "" where the capture recorded none."""
     frames: list[tuple[str, str]] = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not _INTERNAL.search(f[0])] or frames
+    own = [f for f in frames if not os.path.realpath(f[0]).startswith(_HOMES)] or frames
     return f"{os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
-
-
-def describe_shape(tensor: Any) -> str:
-    """"2x4x32x16" of a tensor, symbolic lengths by name."""
-    return "x".join(str(s) for s in tensor.shape)

@@ -186,3 +186,18 @@ def test_generate(llama):
         ours, theirs = (m.generate(ids, max_new_tokens=8, do_sample=False) for m in (opt, llama))
         assert torch.equal(ours, theirs)
     assert hits(opt) >= 8
+
+
+def test_outputs_that_transformers_collects_by_hooks():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, attn_implementation="eager")
+    ids = torch.randint(0, 64, (1, 6))
+    opt, original = pair(transformers.BertModel(config).eval(), input_ids=ids,
+                         output_hidden_states=True)
+    for _ in range(3):
+        ours, theirs = (m(input_ids=ids, output_hidden_states=True) for m in (opt, original))
+        assert type(ours) is type(theirs) and len(ours.hidden_states) == 3
+        same(tuple(ours.hidden_states), tuple(theirs.hidden_states), 1e-4)
+    assert hits(opt) >= 1
