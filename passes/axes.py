@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 from attnopt.rules import Decline
 
@@ -56,8 +57,16 @@ def length(size: Any) -> Any:
     """An int, or the sympy expression of a symbolic size."""
     if isinstance(size, torch.SymInt):
         expr = size.node.expr
+        if not expr.is_Symbol:
+            expr = sympy.expand(expr.replace(FloorDiv, _divided))
         return int(expr) if expr.is_number else expr
     return size
+
+
+def _divided(a: Any, b: Any) -> Any:
+    """a // b without the rounding where b divides a as a polynomial."""
+    ratio = sympy.cancel(a / b)
+    return ratio if ratio.as_numer_denom()[1] == 1 else FloorDiv(a, b)
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ class Canonical:
 
     @property
     def tensors(self) -> list[Tensor]:
-        named = [self.operands[o.slot] for o in self.spec.operands]
+        named = [self.operands[o.slot] for o in self.spec.operands if o.slot in self.operands]
         return [self.query, self.key, self.value, *named]
 
     def lengths(self, target: Sequence[Sequence[Axis]], layout: Layout) -> tuple[object, ...]:

@@ -43,7 +43,7 @@ CAPTURE_LOCK = threading.RLock()
 _TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
-_OWN_FRAME = re.compile(rf'File "{re.escape(observe.__file__)}", line \d+, in \w+\n    .*\n  ')
+_OWN_FRAME = re.compile(rf'File "{re.escape(observe.__file__)}", line \d+, in \w+\n    .*(?:\n  |$)')
 
 
 @dataclass

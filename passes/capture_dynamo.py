@@ -105,10 +105,16 @@ def capture_graph(module: fx.GraphModule, inputs: Sequence[Any], self_name: str 
     origins = {name: _origin(node, value, self_name)
                for name, node, value in zip(names, placeholders, inputs, strict=True)}
     sizes = sizes_of(examples)
+    values = [_plain(value) for value in inputs]
     return Captured(
-        graph_module=graph, origins=origins, values=dict(zip(names, inputs, strict=True)),
+        graph_module=graph, origins=origins, values=dict(zip(names, values, strict=True)),
         symbols=sizes.symbols, conditions=sizes.conditions, front_end="dynamo",
         model_name=model_name)
+
+
+def _plain(value: Any) -> Any:
+    """A symbolic number as the number that it was; to ask the symbol itself would fix it."""
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
 
 
 def _tag_regions(graph: fx.GraphModule) -> None:

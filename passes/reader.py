@@ -7,7 +7,6 @@ markers that `attnopt.passes.normalizers` gives a meaning.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,17 @@ from torch import fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.passes.axes import Axis, Layout, broadcast, length, resolve, settle, shape_of
+from attnopt.passes.axes import (
+    Axis,
+    Layout,
+    broadcast,
+    length,
+    product,
+    resolve,
+    same_length,
+    settle,
+    shape_of,
+)
 from attnopt.passes.contraction import reduced_dims
 from attnopt.passes.heads import HeadMix, head_mix
 from attnopt.passes.layout import back
@@ -78,7 +87,7 @@ class Reader:
                 return E.const(node)
             raise Decline(f"an argument {node!r} is not understood")
         if not is_tensor(node):
-            raise Decline("a symbolic number enters the scores", node)
+            return self.symbolic(node)
         layout = settle(layout)
         known = self._memo.get((node, layout))
         if known is not None:
@@ -153,9 +162,18 @@ class Reader:
             return self.read(arg, broadcast(layout, _shape(arg)))
         if isinstance(arg, (bool, int, float)):
             return E.const(arg)
+        if isinstance(arg, fx.Node):
+            return self.symbolic(arg)
         if arg is None or isinstance(arg, (str, torch.dtype)):
             return arg
         raise Decline(f"an argument {arg!r} is not understood")
+
+    def symbolic(self, node: fx.Node) -> Expr:
+        """A symbolic number: the number of keys is one that a Spec can name."""
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and same_length(length(value), product(self.keys)):
+            return E.size("k")
+        raise Decline("a symbolic number enters the scores", node)
 
     # -- operands ---------------------------------------------------------------------------
     def operand(self, node: fx.Node, layout: Layout, role: str = "") -> Expr:
@@ -278,8 +296,11 @@ class Reader:
         ordered = tuple(sorted(self.keys, key=lambda a: self.key_order.get(a, 0)))
         inner[dim] = ordered
         of = self.read(source, tuple(inner))
-        marker = E.load(f"__reduced{len(self.markers)}")
         self.interior.append(node)
+        for known, reduced in self.markers.items():
+            if reduced.kind == op_name(node) and reduced.of is of:
+                return known
+        marker = E.load(f"__reduced{len(self.markers)}")
         self.markers[marker] = Marker(op_name(node), of, node)
         return marker
 
@@ -312,10 +333,3 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 def _is_binary(node: fx.Node) -> bool:
     return len(node.args) == 2 and is_tensor(node.args[1])
-
-
-def finite_min(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).min if dtype.is_floating_point else -math.inf
-
-
-__all__ = ["Loaded", "Marker", "Reader", "Terminal", "finite_min", "length"]

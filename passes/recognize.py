@@ -16,10 +16,19 @@ from torch import fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.passes.axes import Axis, Layout, axes_of, broadcast, resolve, settle, shape_of
+from attnopt.passes.axes import (
+    Axis,
+    Layout,
+    axes_of,
+    broadcast,
+    fresh,
+    resolve,
+    settle,
+    shape_of,
+)
 from attnopt.passes.contraction import Contraction, contraction
 from attnopt.passes.heads import HeadMix, head_mix
-from attnopt.passes.layout import strip
+from attnopt.passes.layout import LAYOUT_OPS, back, strip
 from attnopt.passes.normalize import is_tensor, op_name
 from attnopt.passes.normalizers import Normalizer, by_hand, row_free
 from attnopt.passes.pointwise import is_cast
@@ -480,7 +489,8 @@ def _finish_by_hand(program: Program, second: Contraction, weights: Operand, val
     end, end_layout = second.node, second.out_layout
     late = _late_division(program, second, reader)
     if late is not None:
-        e, end, end_layout = E.call("div", e, late[1]), late[0], second.out_layout
+        end, end_layout, divisor = late
+        e = E.call("div", e, divisor)
     normalizer = by_hand(e, reader.markers)
     if normalizer.name != "softmax":
         for operand in (raw.left[0], raw.right[0], values[0]):
@@ -500,18 +510,43 @@ def _finish_by_hand(program: Program, second: Contraction, weights: Operand, val
 
 
 def _late_division(program: Program, second: Contraction,
-                   reader: Reader) -> tuple[fx.Node, Expr] | None:
-    """(exp(s) @ V) / sum exp(s): the division comes after the second contraction."""
-    users = program.users(second.node)
-    if len(users) != 1 or op_name(users[0]) != "div" or users[0].kwargs.get("rounding_mode"):
+                   reader: Reader) -> tuple[fx.Node, Layout, Expr] | None:
+    """(exp(s) @ V) / sum exp(s): the division comes after the second contraction.
+
+    Only views and casts may lie between them. Gives the division, its layout and the divisor.
+    """
+    node = second.node
+    while True:
+        users = program.users(node)
+        if len(users) != 1 or users[0].op != "call_function":
+            return None
+        user = users[0]
+        if op_name(user) == "div":
+            break
+        if user.args[:1] != (node,) or not (is_cast(user) or op_name(user) in LAYOUT_OPS):
+            return None
+        node = user
+    bottom = user.args[1]
+    if user.args[0] is not node or user.kwargs.get("rounding_mode") or not is_tensor(bottom) \
+            or not reader.on_path(bottom):  # type: ignore[arg-type]
         return None
-    top, bottom = users[0].args[:2]
-    if top is not second.node or not is_tensor(bottom) or not reader.on_path(bottom):  # type: ignore
+    shape = shape_of(user.meta["val"])
+    if shape != shape_of(node.meta["val"]):
         return None
-    if shape_of(users[0].meta["val"]) != shape_of(second.node.meta["val"]):
+    layout = fresh(shape)
+    at: tuple[fx.Node, Layout] | None = (node, layout)
+    while at is not None and at[0] is not second.node:
+        reader.interior.append(at[0])
+        at = (at[0].args[0], at[1]) if is_cast(at[0]) else back(*at)  # type: ignore[assignment]
+    if at is None:
         return None
-    layout = broadcast(settle(second.out_layout), shape_of(bottom.meta["val"]))  # type: ignore
-    return users[0], reader.read(bottom, layout)
+    for own, given in zip(second.out_layout, at[1], strict=True):
+        if len(own) == 1:
+            own[0].become(given)
+        elif given:
+            return None
+    divisor = broadcast(settle(layout), shape_of(bottom.meta["val"]))  # type: ignore[union-attr]
+    return user, settle(layout), reader.read(bottom, divisor)
 
 
 @dataclass
@@ -643,10 +678,12 @@ def _lead(layout: Layout, keys: frozenset[Axis], rows: tuple[Axis, ...]) -> Layo
 
     Rows or keys of length 1 have a dimension as well; it is the last of those without an axis.
     """
-    dims = []
+    dims: list[tuple[Axis, ...]] = []
+    before = True
     for dim in layout:
         left = tuple(a for a in dim if a not in keys and a not in rows)
-        if left or not dim:
+        before = before and len(left) == len(dim)
+        if left or (not dim and before):
             dims += [(a,) for a in left] or [()]
     for missing in (not keys, not rows):
         empty = [i for i, dim in enumerate(dims) if not dim]

@@ -20,6 +20,7 @@ from attnopt.kernels.aten.blocks import blocks
 from attnopt.kernels.aten.choose import block_tile, can_block, choose
 from attnopt.kernels.aten.dense import dense
 from attnopt.kernels.aten.sdpa import plan, quick, sdpa
+from attnopt.kernels.aten.skipping import skips_keys
 from attnopt.kernels.aten.state import call_state
 from attnopt.kernels.aten.steps import steps
 from attnopt.kernels.aten.tile import broadcast
@@ -44,7 +45,7 @@ class _Bound:
     """A Spec ready to run."""
 
     __slots__ = ("spec", "steps", "plan", "quick", "slots", "tile", "may_block",
-                 "by_dtype")
+                 "by_dtype", "skipping")
 
     def __init__(self, spec: Spec, schedule: Schedule | None) -> None:
         asked = schedule.lowering if schedule else ""
@@ -54,6 +55,7 @@ class _Bound:
         self.quick = self.plan is not None and self.plan.bare and spec.output is E.out
         self.slots = tuple(o.slot for o in spec.operands)
         self.tile = schedule.tile if schedule and asked == "aten:blocks" else ()
+        self.skipping = skips_keys(spec)
         self.by_dtype: dict[torch.dtype, bool] = {}
         self.may_block = asked != "aten:dense"
 
@@ -86,7 +88,8 @@ class _Bound:
                 tile = self.tile
                 if len(tile) != 2:
                     tile = block_tile(self.spec.score, math.prod(leads), query.shape[-2],
-                                      key.shape[-2], query.shape[-1], query.device.type)
+                                      key.shape[-2], query.shape[-1], query.device.type,
+                                      self.skipping)
                 if tile:
                     return blocks(self.steps, query, key, value, named, *tile)
         return dense(self.steps, query, key, value, named,

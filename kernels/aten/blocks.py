@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from attnopt.ir import expr as E
-from attnopt.ir.expr import Expr
-from attnopt.ir.mask import And, Band, Causal, Mask, Prefix
+from attnopt.ir.mask import ALL
 from attnopt.kernels.aten.dense import dense, working_dtype
+from attnopt.kernels.aten.skipping import key_range, skips_keys
 from attnopt.kernels.aten.steps import (
     Steps,
     additive_scores,
@@ -67,46 +67,44 @@ class _Blocks:
 
     def run(self, rows: int, group: int) -> Tensor:
         queries, keys = self.total[-2:]
-        skips = skips_keys(self.s)
+        mask = self.s.spec.mask if skips_keys(self.s.spec) else ALL
         self.buffer = torch.empty(
             rows * group * keys, dtype=self.dtype, device=self.out.device)
-        for row in range(0, queries, rows):
-            count = min(rows, queries - row)
-            first, stop = 0, keys
-            if skips:
-                first, stop = key_range(self.s.spec.mask, row, row + count, queries, keys)
-            for start, lengths in _chunks(self.total[:-2], group):
-                self.block((*start, row, first), (*lengths, count, stop - first))
+        for start, lengths in _chunks(self.total[:-2], group):
+            chunk = _Chunk(self, start, lengths)
+            for row in range(0, queries, rows):
+                count = min(rows, queries - row)
+                first, stop = key_range(mask, row, row + count, queries, keys)
+                self.block(chunk, (*start, row, first), (*lengths, count, stop - first))
         return self.out
 
-    def block(self, starts: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    def block(self, chunk: _Chunk, starts: tuple[int, ...], shape: tuple[int, ...]) -> None:
         """Compute the window of the output that belongs to this window of the scores."""
-        s, leads = self.s, shape[:-2]
-        rows, keys = shape[-2:]
-        batch = math.prod(leads[:-1] if self.shared else leads)
-        flat = (batch, math.prod(shape[:-1]) // batch, keys)
-        q = self.window(self.query, starts, shape, rows=True)
-        k = self.window(self.rows_of_keys, starts, shape, keys=True)
-        v = self.window(self.value, starts, shape, keys=True)
+        s, (row, first), (rows, keys) = self.s, starts[-2:], shape[-2:]
+        batch, height = chunk.batch, chunk.heads * rows
+        k, v = chunk.key, chunk.value
+        if keys != self.total[-1]:
+            k, v = k.narrow(1, first, keys), v.narrow(1, first, keys)
+        q, out = chunk.query, chunk.out
+        if rows != self.total[-2]:
+            q, out = q.narrow(-2, row, rows), out.narrow(-2, row, rows)
+        flat = (batch, height, keys)
         scores, scaled = self.scores(q, k, flat, starts, shape)
-        tile = self.tile(starts, shape)
-        weight, divisor = weigh(s, tile, scores.view(shape), "all", scaled)
-        v = (v if self.shared else v.expand(*leads, *v.shape[-2:])).reshape(batch, keys, -1)
-        out = torch.bmm(weight.expand(shape).reshape(flat).to(self.dtype), v)
-        out = out.view(*shape[:-1], -1)
-        if divisor is not None:
-            out = out.div_(divisor)
-        if s.recheck and math.isnan(out.select(-1, 0).sum().item()):
-            out, tile = self.exact(starts, shape)
-        target = self.out
-        for axis, (start, length) in enumerate(zip(starts[:-1], shape[:-1], strict=True)):
-            target = target.narrow(axis, start, length)
-        target.copy_(self.finished(out, tile, starts))
+        tile = Tile(shape, self.operands, self.dtype, out.device, self.total, starts)
+        weight = weigh(s, tile, scores.view(shape), "all", scaled)
+        if weight.shape != shape:
+            weight = weight.expand(shape)
+        if weight.dtype != self.dtype:  # an operand of a wider dtype
+            weight = weight.to(self.dtype)
+        result = torch.bmm(weight.reshape(flat), v).view(*shape[:-1], -1)
+        if s.recheck and math.isnan(result.select(-1, 0).sum().item()):
+            result = self.exact(tile, starts, shape)
+        out.copy_(result if s.spec.output is E.out else self.finished(result, tile, starts))
 
     def scores(self, q: Tensor, k: Tensor, flat: tuple[int, int, int], starts: tuple[int, ...],
                shape: tuple[int, ...]) -> tuple[Tensor, bool]:
         """Raw scores of a window in the buffer, and whether they are already times alpha."""
-        s, leads = self.s, shape[:-2]
+        s = self.s
         buffer = self.buffer[: math.prod(flat)].view(flat)
         if s.spec.score == "key":
             return buffer.zero_(), False
@@ -115,23 +113,22 @@ class _Blocks:
             if weight.dim() > 1:
                 weight = self.window(
                     _with_leads(weight.unsqueeze(-2), self.rank), starts, shape).squeeze(-2)
+            k = self.window(self.key, starts, shape, keys=True)
             scores = additive_scores(q.to(self.dtype), k, weight, "all")
             return buffer.view(shape).copy_(scores), False
-        q = q.expand(*leads, *q.shape[-2:]).reshape(flat[0], flat[1], -1)
-        k = (k if self.shared else k.expand(*leads, *k.shape[-2:])).reshape(
-            flat[0], flat[2], -1).transpose(1, 2)
+        q = q.reshape(flat[0], flat[1], -1)
         if k.dtype != self.dtype:  # squared distances, in double precision
-            return buffer.copy_(torch.bmm(q, k)).clamp_(min=0.0), False
-        return torch.baddbmm(buffer, q.to(self.dtype), k, beta=0, alpha=s.alpha, out=buffer), True
+            return buffer.copy_(torch.bmm(q, k.mT)).clamp_(min=0.0), False
+        return torch.baddbmm(
+            buffer, q.to(self.dtype), k.mT, beta=0, alpha=s.alpha, out=buffer), True
 
-    def exact(self, starts: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Tensor, Tile]:
+    def exact(self, tile: Tile, starts: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A window of the output without any of the fast steps."""
-        spec, tile = self.s.spec, self.tile(starts, shape)
         q = self.window(self.plain_query, starts, shape, rows=True).to(self.dtype)
         k, v = (self.window(t, starts, shape, keys=True) for t in (self.key, self.value))
-        scores = raw_scores(spec, q, k, tile).expand(shape)
-        weight, _ = weigh(self.s, tile, scores, "none")
-        return contract(weight, v).expand(*shape[:-1], v.shape[-1]), tile
+        scores = raw_scores(self.s.spec, q, k, tile).expand(shape)
+        weight = weigh(self.s, tile, scores, "none")
+        return contract(weight, v).expand(*shape[:-1], v.shape[-1])
 
     def finished(self, out: Tensor, tile: Tile, starts: tuple[int, ...]) -> Tensor:
         """A window of the output after its epilogue."""
@@ -148,9 +145,6 @@ class _Blocks:
         end.leaves.update(tile.leaves)
         return finish(self.s, out, value, end, "all")
 
-    def tile(self, starts: tuple[int, ...], shape: tuple[int, ...]) -> Tile:
-        return Tile(shape, self.operands, self.dtype, self.out.device, self.total, starts)
-
     def window(self, tensor: Tensor, starts: tuple[int, ...], shape: tuple[int, ...],
                rows: bool = False, keys: bool = False) -> Tensor:
         """The part of a tensor (*L, N, …) that a window of the scores needs."""
@@ -160,6 +154,33 @@ class _Blocks:
         if rows:
             return tensor.narrow(-2, starts[-2], shape[-2])
         return tensor.narrow(-2, starts[-1], shape[-1]) if keys else tensor
+
+
+class _Chunk:
+    """What the blocks of some entries of the leading axes have in common.
+
+    query: (*chunk, Q, D); key, value: (batch, K, …), once for all heads that share them; out:
+    (*chunk, Q, Dv), the part of the output.
+    """
+
+    def __init__(self, whole: _Blocks, start: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+        self.heads = lengths[-1] if whole.shared else 1
+        self.batch = math.prod(lengths) // self.heads
+        self.query = whole.window(whole.query, start, lengths)
+        if self.query.shape[:-2] != lengths:
+            self.query = self.query.expand(*lengths, *self.query.shape[-2:])
+        leads = lengths[:-1] if whole.shared else lengths
+        self.key, self.value = (
+            self.flat(whole.window(t, start, lengths), leads, whole.shared)
+            for t in (whole.rows_of_keys, whole.value))
+        self.out = whole.out
+        for axis, (first, length) in enumerate(zip(start, lengths, strict=True)):
+            if length != whole.total[axis]:
+                self.out = self.out.narrow(axis, first, length)
+
+    def flat(self, tensor: Tensor, leads: tuple[int, ...], shared: bool) -> Tensor:
+        tensor = tensor.squeeze(-3) if shared else tensor
+        return tensor.expand(*leads, *tensor.shape[-2:]).reshape(self.batch, *tensor.shape[-2:])
 
 
 def _with_leads(tensor: Tensor, rank: int) -> Tensor:
@@ -187,35 +208,3 @@ def _chunks(leads: tuple[int, ...], group: int
             *(range(0, n, step) for n, step in zip(leads, steps, strict=True))):
         yield starts, tuple(
             min(step, n - a) for n, step, a in zip(leads, steps, starts, strict=True))
-
-
-# -- keys that no row of a block keeps ------------------------------------------------------------
-def skips_keys(s: Steps) -> bool:
-    """Whether keys outside of `key_range` have no part in the output."""
-    spec = s.spec
-    if spec.weights is not E.weight or spec.empty_row == "uniform" and not s.row_kept:
-        return False
-    return any(isinstance(m, Causal | Band | Prefix) for m in _conjuncts(spec.mask))
-
-
-def key_range(mask: Mask, first: int, stop: int, queries: int, keys: int) -> tuple[int, int]:
-    """[a, b) with every key that a row in [first, stop) keeps; never empty."""
-    def number(e: Expr, unknown: int) -> int:
-        if e.op != "const":
-            e = e.replace({E.size("q"): E.const(queries), E.size("k"): E.const(keys)})
-        return int(e.value) if e.op == "const" else unknown
-
-    low, high = 0, keys
-    for m in _conjuncts(mask):
-        if isinstance(m, Causal):
-            high = min(high, stop + number(m.offset, keys))
-        elif isinstance(m, Band):
-            low = max(low, first + number(m.lo, -first))
-            high = min(high, stop + number(m.hi, keys))
-        elif isinstance(m, Prefix):
-            high = min(high, number(m.count, keys))
-    return (low, high) if low < high else (0, 1)
-
-
-def _conjuncts(mask: Mask) -> tuple[Mask, ...]:
-    return mask.masks if isinstance(mask, And) else (mask,)

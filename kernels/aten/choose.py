@@ -12,12 +12,14 @@ from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels.aten.dense import HALF
 from attnopt.kernels.aten.linear import varies
 from attnopt.kernels.aten.sdpa import plan
+from attnopt.kernels.aten.skipping import skips_keys
 from attnopt.kernels.aten.tile import broadcast
 
-#: Scores of one block of `blocks`, in bytes. On CPUs with 1 to 2 MB of second-level cache a core,
-#: 1 to 4 MB were within a few per cent of each other at 128 to 2048 keys, smaller blocks slower.
-BLOCK_BYTES = 1 << 21
-ROWS = 128
+#: Scores of one block of `blocks`, in bytes: on a CPU with 1 MB of second-level cache a core and
+#: 32 MB of third, 1 to 4 MB were within 10 % of each other at 512 to 2048 keys.
+BLOCK_BYTES = 1 << 22
+#: Query rows of a block; fewer where the mask lets a block skip keys.
+ROWS, ROWS_OF_SKIPPING = 256, 128
 #: Outside of the CPU a whole score tensor is faster than blocks until it is this large.
 DEVICE_BYTES = 1 << 30
 
@@ -35,7 +37,8 @@ def choose(spec: Spec, query: Sequence[int], key: Sequence[int], value: Sequence
     if requires_grad or not can_block(spec, dtype):
         return Schedule("aten:dense")
     leading = broadcast(query[:-2], key[:-2], value[:-2])
-    tile = block_tile(spec.score, math.prod(leading), query[-2], key[-2], query[-1], device)
+    tile = block_tile(spec.score, math.prod(leading), query[-2], key[-2], query[-1], device,
+                      skips_keys(spec))
     return Schedule("aten:blocks", tile) if tile else Schedule("aten:dense")
 
 
@@ -71,14 +74,14 @@ def rows_alike(spec: Spec) -> bool:
     return not any("q" in varies(e, spec) for e in exprs)
 
 
-def block_tile(score: str, heads: int, queries: int, keys: int, head_dim: int, device: str = "cpu"
-               ) -> tuple[int, ...]:
+def block_tile(score: str, heads: int, queries: int, keys: int, head_dim: int, device: str = "cpu",
+               skipping: bool = False) -> tuple[int, ...]:
     """(query rows, leading entries) of one block; () where the whole is better."""
     width = 4 * max(keys, 1) * (head_dim if score == "additive" else 1)
     budget = BLOCK_BYTES if device == "cpu" else DEVICE_BYTES
     if width * queries * heads <= budget // 2:
         return ()
-    rows = min(max(queries, 1), ROWS)
+    rows = min(max(queries, 1), ROWS_OF_SKIPPING if skipping else ROWS)
     if rows * width > 2 * budget:
         rows = max(min(rows, 8), 2 * budget // width)
     return rows, max(1, min(heads, budget // (rows * width)))

@@ -44,13 +44,11 @@ def dense(s: Steps, query: Tensor, key: Tensor, value: Tensor, operands: Mapping
     scores = raw_scores(spec, q, k, tile)
     if s.alpha != 1:
         scores = scores * s.alpha if mode == "none" else scores.mul_(s.alpha)
-    weight, divisor = weigh(s, tile, scores, mode, scaled=True)
+    weight = weigh(s, tile, scores, mode, scaled=True)
     out = contract(weight.to(dtype), v)
     if mode == "all" and s.recheck and out.numel() and q.device.type != "meta" and (
             math.isnan(out.select(-1, 0).sum().item())):
         return dense(s, query, key, value, operands, "none")
-    if divisor is not None:
-        out = out / divisor.to(dtype)
     whole = (*broadcast(tile.shape[:-2], out.shape[:-2]), q.shape[-2], v.shape[-1])
     if tuple(out.shape) != whole:
         out, mode = out.expand(whole), "none"

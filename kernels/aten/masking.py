@@ -75,17 +75,17 @@ class Masking:
             return _bool(self.others[0], tile)
         # The lowest number swallows every score in float32: a row of it alone is uniform.
         fill = torch.finfo(tile.dtype).min if self.uniform else -torch.inf
-        parts = []
+        parts, plain = [], state != "traced"
         if self.structure is not None:
             shape = tile.shape
-            if state != "traced" and shape[-2] * shape[-1] <= _KEPT:
+            if plain and shape[-2] * shape[-1] <= _KEPT:
                 if not any(leaf.op in ("index", "size") and leaf.value not in ("q", "k")
                            for leaf in self.structure.leaves):
                     shape = shape[-2:]
                 parts.append(_kept(self.structure, shape, fill, tile.dtype, str(tile.device)))
             else:
-                parts.append(_filled(_bool(self.structure, tile), fill, tile.dtype))
-        parts += [_filled(_bool(e, tile), fill, tile.dtype) for e in self.others]
+                parts.append(_filled(_bool(self.structure, tile), fill, tile.dtype, plain))
+        parts += [_filled(_bool(e, tile), fill, tile.dtype, plain) for e in self.others]
         total = functools.reduce(torch.minimum, parts) if parts else None
         if self.term is not None:
             term = torch.as_tensor(compiled(self.term)(tile), device=tile.device)
@@ -109,9 +109,18 @@ def _bool(predicate: Expr, tile: Tile) -> Tensor:
     return torch.atleast_2d(torch.as_tensor(compiled(predicate)(tile), device=tile.device))
 
 
-def _filled(keep: Tensor, fill: float, dtype: torch.dtype) -> Tensor:
-    zero = torch.zeros((), dtype=dtype, device=keep.device)
-    return torch.where(keep, zero, torch.full_like(zero, fill))
+def _filled(keep: Tensor, fill: float, dtype: torch.dtype, once: bool = True) -> Tensor:
+    """0 where keep, `fill` elsewhere; `once`: the two numbers are made once."""
+    if once:
+        return torch.where(keep, *_numbers(fill, dtype, str(keep.device)))
+    return torch.where(keep, keep.new_zeros((), dtype=dtype), keep.new_full((), fill, dtype=dtype))
+
+
+@functools.lru_cache(maxsize=16)
+def _numbers(fill: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        zero, low = torch.tensor([0.0, fill], dtype=dtype, device=device).unbind()
+        return zero, low
 
 
 @functools.lru_cache(maxsize=16)

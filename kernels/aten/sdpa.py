@@ -234,7 +234,7 @@ def _with_factors(p: Plan, query: Tensor, key: Tensor, tile: Tile) -> tuple[Tens
 @functools.lru_cache(maxsize=16)
 def _zero(dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return torch.zeros(1, 1, dtype=dtype)
+        return torch.zeros(1, 1, dtype=dtype, device="cpu")
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

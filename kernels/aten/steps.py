@@ -154,8 +154,8 @@ def mix(x: Tensor, matrix: Tensor) -> Tensor:
 
 # -- weights --------------------------------------------------------------------------------------
 def weigh(s: Steps, tile: Tile, scores: Tensor, mode: str, scaled: bool = False
-          ) -> tuple[Tensor, Tensor | None]:
-    """(weights, divisor): what meets the values, and what each row is then divided by, if not None.
+          ) -> Tensor:
+    """What meets the values.
 
     scores: raw scores of the tile, overwritten unless mode is "none"; already times alpha when
     `scaled`. Row statistics are left in `tile.leaves`.
@@ -177,9 +177,8 @@ def weigh(s: Steps, tile: Tile, scores: Tensor, mode: str, scaled: bool = False
     if s.predicate is not None:
         keep = _fixed(s, tile) if s.fixed and mode != "none" and _small(tile) else (
             _keep(s.predicate, tile))
-    divisor = None
     if spec.normalizer == "softmax":
-        weight, divisor = _softmax(s, tile, x, keep, own)
+        weight = _softmax(s, tile, x, keep, own)
     else:
         weight = _other_normalizer(s, tile, x, keep, own)
     if spec.weights is not E.weight or spec.groups is not None or spec.renormalize:
@@ -190,7 +189,7 @@ def weigh(s: Steps, tile: Tile, scores: Tensor, mode: str, scaled: bool = False
         weight = weight + tile.operand(spec.mix_bias)[:, None, None]
     if spec.dropout:
         weight = torch.dropout(weight, spec.dropout, train=True)
-    return weight, divisor
+    return weight
 
 
 def _tensor(value: Any, tile: Tile) -> Tensor:
@@ -246,12 +245,11 @@ def _fixed_once(predicate: Expr, shape: tuple[int, ...], full: tuple[int, ...],
 @functools.lru_cache(maxsize=16)
 def _numbers(dtype: torch.dtype, top: float, fill: float) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
-        high, low = torch.tensor([top, fill], dtype=dtype).unbind()
+        high, low = torch.tensor([top, fill], dtype=dtype, device="cpu").unbind()
         return high, low
 
 
-def _softmax(s: Steps, tile: Tile, x: Tensor, keep: Tensor | None, mode: str
-             ) -> tuple[Tensor, Tensor | None]:
+def _softmax(s: Steps, tile: Tile, x: Tensor, keep: Tensor | None, mode: str) -> Tensor:
     spec, asked = s.spec, s.statistics
     sink = None
     if spec.sinks is not None:
@@ -263,14 +261,13 @@ def _softmax(s: Steps, tile: Tile, x: Tensor, keep: Tensor | None, mode: str
         lowest = -math.inf if exact or not uniform else torch.finfo(x.dtype).min
         x = _hide(s, tile, x, keep, lowest, mode)
     if x.shape[-1] == 0:
-        return x, None
+        return x
     if asked:
         _statistics(tile, x, keep, sink)
     if sink is not None:
-        if mode == "all":
-            return _softmax_with_sink(x, sink)
-        column = sink.expand(*x.shape[:-1], 1)
-        weight = torch.softmax(torch.cat([x, column], -1), -1)[..., :-1]
+        # As the authors do it; exp() by itself is slow where it gives 0, which a softmax is not.
+        every = torch.cat([x, sink.expand(*x.shape[:-1], 1)], -1)
+        weight = torch.softmax(every, -1, out=every if mode == "all" else None)[..., :-1]
     elif mode == "all":
         weight = torch.softmax(x, -1, out=x)
     elif spec.empty_row == "zero" and not (s.row_kept and not s.hides) and (
@@ -282,14 +279,7 @@ def _softmax(s: Steps, tile: Tile, x: Tensor, keep: Tensor | None, mode: str
         weight = torch.softmax(x, -1)
     if uniform and exact and keep is not None:
         weight = torch.where(keep.any(-1, keepdim=True), weight, 1 / x.shape[-1])
-    return weight, None
-
-
-def _softmax_with_sink(x: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
-    """Unnormalised weights, in place of x, and the sum that includes the sink."""
-    highest = torch.maximum(x.amax(-1, keepdim=True), sink)
-    x.sub_(highest).exp_()
-    return x, x.sum(-1, keepdim=True) + (sink - highest).exp()
+    return weight
 
 
 def _statistics(tile: Tile, x: Tensor, keep: Tensor | None, sink: Tensor | None) -> None:

@@ -27,13 +27,13 @@ OPTIONS: dict[str, dict[str, int]] = {
     "bias_too": {"none": 88, "table": 3, "buffer": 3, "input": 3, "alibi": 3},
     "mask": {"none": 34, "causal": 14, "window": 8, "keys": 10, "dense": 6, "lengths": 5,
              "causal keys": 6, "segments": 4, "buffer": 5, "attribute": 3, "all keep": 3,
-             "empty rows": 4, "sliced causal": 4},
+             "empty rows": 4, "sliced causal": 4, "top keys": 2},
     "idiom": {"where": 16, "where least": 8, "fill": 18, "fill least": 10, "fill far": 8,
               "add": 10, "add far": 8, "complement": 8, "in place": 8, "negated": 6},
     "cast": {"none": 66, "softmax": 16, "float": 12, "all": 6},
     "normaliser": {"softmax": 62, "method": 8, "hand": 7, "exp": 3, "log-sum-exp": 4, "log": 3,
                    "after": 6, "sigmoid": 4, "relu": 2, "sinks": 4, "plus one": 1},
-    "dropout": {"none": 84, "function": 8, "module": 8},
+    "dropout": {"none": 82, "function": 8, "module": 8, "scores": 2},
     "edit": {"none": 86, "heads": 4, "mix": 3, "gate": 3, "again": 2, "identity": 2},
     "value": {"matmul": 62, "einsum": 16, "right": 8, "bmm": 10, "sum": 4},
     "result": {"plain": 60, "merged": 24, "weights": 10, "mean": 6},
@@ -215,6 +215,7 @@ def _legal(c: Choices) -> Choices:
     if c.rank == "2" and c.memory == "expanded":
         drop("memory")
     if c.call == "sdpa":
+        drop("mask", "idiom") if c.mask == "top keys" else None
         drop("score", "product", "cap", "normaliser", "edit", "value", "twist", "cast")
         drop("result") if c.result in ("weights", "mean") else None
         drop("scale") if c.scale in ("learned", "per head", "after", "buffer") else None

@@ -54,6 +54,8 @@ def write_scores(p: Program) -> None:
             p.body.append(f"s = s + {bias_term(p, kind, place)}")
     if c.scale == "after":
         p.body.append(f"s = s * {scale}")
+    if c.dropout == "scores":
+        p.body.append("s = F.dropout(s, 0.2, self.training)")
     keep = keep_expression(p)
     if keep:
         p.body += [f"keep = {keep}", f"s = {_idiom(c)}"]
@@ -181,6 +183,7 @@ def keep_expression(p: Program) -> str | None:
                       "dtype=torch.bool).tril())")
     return {
         "none": None,
+        "top keys": "s >= s.topk(2, dim=-1).values[..., -1:]",
         "causal": f"{at_k} <= {at_q}",
         "window": f"({at_k} - {at_q}).abs() < 3",
         "all keep": f"torch.ones({rows}, {columns}, dtype=torch.bool)",

@@ -16,7 +16,7 @@ import torch
 
 from tests.models import sweep, zoo
 
-HEAD = ("model", "nodes", "found", "rewr", "canon", "kept", "smpl", "error", "share", "capt s",
+HEAD = ("model", "nodes", "found", "rewr", "canon", "kept", "smpl", "error", "share", "export",
         "all s")
 FORMAT = "{:<26} {:>5} {:>5} {:>5} {:>5} {:>5} {:>4} {:>9} {:>6} {:>6} {:>6}"
 
@@ -40,7 +40,7 @@ def _remarks(row: sweep.Row) -> list[str]:
         out.append("WRONG: outside the acceptance rule")
     if row.missing:
         out.append(f"MISSING: {row.missing}")
-    if row.rewritten and row.hits != 1:
+    if row.rewritten and row.hits != sweep.DRAWS:
         out.append(f"the call ran the user's own forward: {row.misses}")
     out += row.notes
     if not row.exported:
@@ -64,7 +64,7 @@ def _totals(rows: list[sweep.Row]) -> str:
         f"{sum(sum(row.missing.values()) for row in rows)} nodes not accounted for",
         f"{sum(row.share > 1.0 for row in rows if not row.failure)} models outside the acceptance "
         f"rule, {sum(bool(row.failure) for row in rows)} failures",
-        f"capture {total('capture_seconds'):.0f} s of {total('seconds'):.0f} s in optimize()",
+        f"torch.export {total('capture_seconds'):.0f} s, optimize() {total('seconds'):.0f} s",
         "kept, by reason:",
     ]
     return "\n".join(lines + [f"  {n:>4}  {reason}" for reason, n in reasons.most_common()])

@@ -8,6 +8,7 @@ capture a model, the calls of one eager run are counted instead.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class Count:
     sdpa: int = 0
     #: False if the model could not be exported, so that the calls of an eager run were counted
     exported: bool = True
+    #: what torch.export took
+    seconds: float = 0.0
 
     @property
     def total(self) -> int:
@@ -129,6 +132,7 @@ class _Calls(TorchFunctionMode):
 
 def count(model: nn.Module, kwargs: dict[str, Any]) -> Count:
     """Counts the softmax and SDPA nodes of `model(**kwargs)`, live ones apart from dead ones."""
+    start = time.perf_counter()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -141,7 +145,7 @@ def count(model: nn.Module, kwargs: dict[str, Any]) -> Count:
         return Count(live=Counter({"": total}), sdpa=calls.sdpa, exported=False)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    result = Count()
+    result = Count(seconds=time.perf_counter() - start)
     for graph in _nested(program.graph_module):
         live = _live(graph)
         for node in graph.nodes:

@@ -22,6 +22,8 @@ from tests.models import counter, zoo
 
 #: of max|out|, where there is no float64 model to tell what rounding costs
 DIRECT_TOLERANCE = 3e-5
+#: inputs that each optimised model is called with
+DRAWS = 3
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Row:
     #: calls that attnopt served, and why it did not serve the others
     hits: int = 0
     misses: list[str] = field(default_factory=list)
+    #: what torch.export took alone, and the whole of optimize()
     capture_seconds: float = 0.0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -101,32 +104,41 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-def compare(new: list[Any], old: list[Any], reference: list[Any] | None) -> tuple[float, float]:
-    """Largest error of the new outputs, and the largest share of its bound that one used up."""
-    if len(new) != len(old):
-        return float("inf"), float("inf")
-    error = share = 0.0
-    for place, (mine, theirs) in enumerate(zip(new, old, strict=True)):
-        if not isinstance(theirs, torch.Tensor):
-            bad = type(mine) is not type(theirs) or mine != theirs
-        else:
-            bad = mine.shape != theirs.shape or mine.dtype != theirs.dtype
-        if bad:
+def _same_kind(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        return mine.shape == theirs.shape and mine.dtype == theirs.dtype
+    return type(mine) is type(theirs) and mine == theirs
+
+
+def _bound_and_error(
+    mine: torch.Tensor, theirs: torch.Tensor, reference: torch.Tensor | None
+) -> tuple[float, float]:
+    size = theirs.double().abs().nan_to_num(posinf=0.0).max().item()
+    if not theirs.is_floating_point():
+        return 0.0, _distance(mine, theirs)
+    if reference is None:
+        return DIRECT_TOLERANCE * size, _distance(mine, theirs)
+    own = _distance(theirs, reference)
+    return max(2 * own, 8 * torch.finfo(theirs.dtype).eps * size), _distance(mine, reference)
+
+
+def compare(draws: list[tuple[list[Any], list[Any], list[Any] | None]]) -> tuple[float, float]:
+    """Largest error of the new outputs, and the largest share of its bound that one used up.
+
+    Each draw is (new, old, float64) outputs for other inputs. Bounds and errors are maxima over
+    the draws: what one draw of a small output happens to lose to rounding varies by more than 2.
+    """
+    places: list[tuple[float, float]] = [(0.0, 0.0)] * len(draws[0][1])
+    for new, old, reference in draws:
+        if len(new) != len(old) or not all(map(_same_kind, new, old)):
             return float("inf"), float("inf")
-        if not isinstance(theirs, torch.Tensor) or not theirs.numel():
-            continue
-        size = theirs.double().abs().nan_to_num(posinf=0.0).max().item()
-        if not theirs.is_floating_point():
-            off, bound = _distance(mine, theirs), 0.0
-        elif reference is None:
-            off, bound = _distance(mine, theirs), DIRECT_TOLERANCE * size
-        else:
-            off = _distance(mine, reference[place])
-            own = _distance(theirs, reference[place])
-            bound = max(2 * own, 8 * torch.finfo(theirs.dtype).eps * size)
-        error = max(error, off)
-        share = max(share, 0.0 if off == 0.0 else off / bound if bound else float("inf"))
-    return error, share
+        for place, theirs in enumerate(old):
+            if isinstance(theirs, torch.Tensor) and theirs.numel():
+                wide = reference[place] if reference is not None else None
+                one = _bound_and_error(new[place], theirs, wide)
+                places[place] = tuple(map(max, places[place], one))  # type: ignore[assignment]
+    shares = [off / bound if bound else float("inf") for bound, off in places if off]
+    return max((off for _, off in places), default=0.0), max(shares, default=0.0)
 
 
 def account(count: counter.Count, report: attnopt.Report) -> dict[str, int]:
@@ -143,15 +155,18 @@ def examine(entry: zoo.Entry, verify: bool = False) -> Row:
     model, kwargs = zoo.build(entry), zoo.inputs(entry)
     count = counter.count(model, kwargs)
     row.nodes, row.dead, row.exported = count.total, sum(count.dead.values()), count.exported
-    old = _run(model, kwargs)
-    reference = None if _is_random(model, kwargs) else _in_double(model, kwargs, old)
+    row.capture_seconds = count.seconds
+    random = _is_random(model, kwargs)
     start = time.perf_counter()
     optimized = attnopt.optimize(model, (), kwargs, verify=verify)
     row.seconds = time.perf_counter() - start
-    new = _run(optimized, kwargs)
+    draws = []
+    for seed in range(DRAWS):
+        kwargs = zoo.inputs(entry, seed)
+        old, new = _run(model, kwargs), _run(optimized, kwargs)
+        draws.append((new, old, None if random else _in_double(model, kwargs, old)))
     report = optimized.report  # after the call, which is when Dynamo takes what export cannot
-    row.capture_seconds = report.timings.get("capture", 0.0)
-    row.error, row.share = compare(new, old, reference)
+    row.error, row.share = compare(draws)
     row.hits = report.calls.get("hits", 0)
     row.misses = [reason for reason in report.calls if reason != "hits"]
     row.notes = list(report.notes)

@@ -7,8 +7,9 @@ A new result is accepted when, tensor by tensor,
     err_new <= max(2 * err_original, 8 * eps(dtype) * max|out|)
 
 with both errors taken against that run. The gradients of one program share the largest of their
-peaks, as one that cancels to zero exactly does so in the author's order only. Where the original is NaN or infinite the new result must
-be the same, or be near the float64 run where that is finite (an fp16 overflow, say).
+peaks, as one that cancels to zero exactly does so in the author's order only. Where the original
+is NaN or infinite the new result must be the same, or be near the float64 run where that is finite
+(an fp16 overflow, say).
 """
 
 from __future__ import annotations
