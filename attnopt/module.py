@@ -114,7 +114,8 @@ def _class_of(users: type[nn.Module], runtime: Runtime) -> type[OptimizedModule]
     forward.__doc__ = users.forward.__doc__
     forward.__signature__ = _signature(users.forward)  # type: ignore[attr-defined]
     body: dict[str, Any] = {
-        "__module__": users.__module__, "__qualname__": users.__qualname__, "__doc__": users.__doc__, _RUNTIME: runtime,
+        "__module__": users.__module__, "__qualname__": users.__qualname__,
+        "__doc__": users.__doc__, _RUNTIME: runtime,
         "forward": forward if runtime.instance_forward is None else _InstanceForward(forward)}
     made = types.new_class(users.__name__, (OptimizedModule, users), {},
                            lambda namespace: namespace.update(body))

@@ -161,12 +161,12 @@ class Runtime:
         kind = (call.structure, tuple([
             (leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else type(leaf)
             for leaf in call.leaves]))
-        sizes = tuple([(leaf.shape, leaf.stride()) if _dense(leaf)
+        sizes = tuple([(leaf.shape, leaf.stride(), leaf.requires_grad) if _dense(leaf)
                        else leaf if _hashable(leaf) else None for leaf in call.leaves])
         modules = list(self.model.modules())
         tensors = tuple([None if t is None else (t.dtype, t.device) for m in modules
                          for d in (m._parameters, m._buffers) for t in d.values()])
-        key = (kind, sizes, autocast_state(), tuple([m.training for m in modules]), tensors)
+        key = (kind, sizes, torch.is_grad_enabled(), autocast_state(), tuple([m.training for m in modules]), tensors)
         hash(key)
         return kind, key
 

@@ -66,6 +66,7 @@ class Variant:
         values = [d[k] for d, k in self._slots]
         self._tensors = _TensorCheck(values)
         self._ties = _ties(values)
+        self._flags = _flags(values, call.leaves) if traced.reads_flags else None
         self._guards = [(self._guarded_slot(g, model), g) for g in (*traced.guards, *guards)]
         self._restore_grad = any(n.target is enter_grad_mode for n in module.graph.nodes)
         self._runnable = with_direct_calls(module)
@@ -127,6 +128,8 @@ class Variant:
             return f"tensor {missing} is gone"
         if not self._tensors.same(values):
             return "another dtype, device or shape of a parameter or buffer"
+        if self._flags is not None and _flags(values, call.leaves) != self._flags:
+            return "another requires_grad"
         for first, second in self._ties:
             if values[first] is not values[second]:
                 return "tied tensors are no longer one"
@@ -174,6 +177,10 @@ class Variant:
             return tuple(flat)
         assert self._out_spec is not None
         return pytree.tree_unflatten(flat, self._out_spec)
+
+
+def _flags(values: Sequence[Any], leaves: Sequence[Any]) -> list[bool]:
+    return [v.requires_grad for v in (*values, *leaves) if isinstance(v, torch.Tensor)]
 
 
 def _simple(spec: pytree.TreeSpec | None) -> Any:

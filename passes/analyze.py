@@ -118,6 +118,8 @@ def _selection(e: Expr) -> tuple[Expr, float, Expr] | None:
     if e.op != "where":
         return None
     condition, yes, no = e.args
+    if any(leaf.op == "score" for leaf in condition.leaves):
+        return None  # a choice by the scores themselves
     if no.op == "const" and no.value <= LOW:
         return condition, no.value, yes
     if yes.op == "const" and yes.value <= LOW:

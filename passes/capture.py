@@ -43,7 +43,8 @@ CAPTURE_LOCK = threading.RLock()
 _TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
-_OWN_FRAME = re.compile(rf'File "{re.escape(observe.__file__)}", line \d+, in \w+\n    .*(?:\n  |$)')
+_OWN_FRAME = re.compile(
+    rf'File "{re.escape(observe.__file__)}", line \d+, in \w+\n    .*(?:\n  |$)')
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Traced:
     guards: constants whose values the trace read
     without_grad: why it is right only where no gradient is recorded, else None
     with_grad: why it is right only where the gradient mode is on, else None
+    reads_flags: the author's code read `requires_grad` of a tensor
     """
 
     captured: Captured
@@ -63,6 +65,7 @@ class Traced:
     guards: tuple[ValueGuard, ...] = ()
     without_grad: str | None = None
     with_grad: str | None = None
+    reads_flags: bool = False
 
 
 def capture(
@@ -199,7 +202,8 @@ def _traced(model: nn.Module, program: torch.export.ExportedProgram, leaves: lis
         out_spec=program.call_spec.out_spec, symbols=sizes.symbols, conditions=sizes.conditions,
         front_end="export", model_name=type(model).__name__)
     guards = _read_constants(state) if watch.reads_values else ()
-    return Traced(captured, state, sizes, guards, watch.without_grad, watch.with_grad)
+    return Traced(captured, state, sizes, guards, watch.without_grad, watch.with_grad,
+                  watch.reads_flags)
 
 
 def _read_constants(state: ModuleState) -> tuple[ValueGuard, ...]:

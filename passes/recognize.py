@@ -705,24 +705,20 @@ def _rows(raw: RawScore, p_axes: list[Axis], query: frozenset[Axis], fixed: froz
 def _escapes(program: Program, site: Attention) -> list[fx.Node]:
     """Live users of the site's inside that are not part of it, nor read by it alone."""
     inside = {*site.interior, site.end}
+    loaded = {o.node for o in site.operands.values()}
     found: list[fx.Node] = []
     pending = [u for node in site.interior if node is not site.end for u in program.users(node)]
     for user in sorted(set(pending) - inside, key=program.order.__getitem__):
-        if not _only_feeds(program, user, inside):
+        if not _only_feeds(program, user, inside, loaded):
             found.append(user)
     return found
 
 
-def _only_feeds(program: Program, node: fx.Node, inside: set[fx.Node], depth: int = 6) -> bool:
+def _only_feeds(program: Program, node: fx.Node, inside: set[fx.Node], loaded: set[fx.Node],
+                depth: int = 6) -> bool:
+    """Does `node` end in the site, and not as an operand that it would still have to be for?"""
     if node in inside:
         return True
     users = program.users(node)
-    return depth > 0 and bool(users) and node.op == "call_function" and all(
-        _only_feeds(program, u, inside, depth - 1) for u in users)
-
-
-def stripped(site_program: Program, operand: Operand, at: fx.Node) -> Operand:
-    """The operand read as far back as the author's memory still holds it when the site ends."""
-    view = site_program.view
-    end = view.author[at]
-    return strip(*operand, allowed=lambda n: view.readable_at(n, end))
+    return depth > 0 and bool(users) and node.op == "call_function" and node not in loaded \
+        and all(_only_feeds(program, u, inside, loaded, depth - 1) for u in users)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 _TORCH = torch.__path__[0]
 _READS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__bool__,
           torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__}
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad,
           torch.Tensor.register_post_accumulate_grad_hook}
 
@@ -32,6 +33,7 @@ class Watch(TorchFunctionMode):
 
     without_grad: why the graph is right only where no gradient is recorded, else None
     with_grad: why the graph is right only where the gradient mode is on, else None
+    reads_flags: `requires_grad` of a tensor was read by the author's code
     reads_values: a number was read out of a tensor that is no fake
     draws: the generator outside torch that was drawn from, else None
     opaque: the class of a result that a graph cannot return, else None
@@ -40,8 +42,10 @@ class Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._grad = torch.is_grad_enabled()
         self.without_grad: str | None = None
         self.with_grad: str | None = None
+        self.reads_flags = False
         self.reads_values = False
         self.draws: str | None = None
         self.opaque: str | None = None
@@ -57,6 +61,9 @@ class Watch(TorchFunctionMode):
             self.without_grad = self.without_grad or f"a tensor's {func.__name__}"
         elif func in _READS and not _is_fake(args[0]):
             self.reads_values = True
+        elif func == _REQUIRES_GRAD and _read_by_the_author():
+            self.reads_flags = True
+            self.with_grad = self.with_grad or "a branch on requires_grad"
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
@@ -97,14 +104,20 @@ class Watch(TorchFunctionMode):
 
     @contextlib.contextmanager
     def _grad_mode_read(self) -> Iterator[None]:
-        """Note calls of torch.is_grad_enabled that come from the author's code."""
+        """Note calls of torch.is_grad_enabled that come from the author's code, and answer with the
+        mode of the caller, although the trace has gradients on."""
         original = torch.is_grad_enabled
 
         def is_grad_enabled() -> bool:
             caller = sys._getframe(1).f_code.co_filename
-            if self._mine() and not caller.startswith(_TORCH):
-                self.with_grad = self.with_grad or "a branch on is_grad_enabled()"
-            return original()
+            if not self._mine() or caller.startswith(_TORCH):
+                return original()
+            why = "a branch on is_grad_enabled()"
+            if self._grad:
+                self.with_grad = self.with_grad or why
+            else:
+                self.without_grad = self.without_grad or why
+            return self._grad and original()
 
         torch.is_grad_enabled = is_grad_enabled
         try:
@@ -160,6 +173,14 @@ def _observed(cls: Any, name: str, note: Any) -> Iterator[None]:
             delattr(cls, name)
         else:
             setattr(cls, name, raw)
+
+
+def _read_by_the_author() -> bool:
+    """Whether the code that asked, behind the modes, is not torch's own."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return not frame.f_code.co_filename.startswith(_TORCH)
 
 
 def _is_fake(value: Any) -> bool:

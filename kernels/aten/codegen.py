@@ -259,8 +259,8 @@ def scalar(op: str, *args: Any) -> Any:
             return value
     elif op in _SYMBOLIC and not any(torch.is_tensor(a) for a in args):
         return _SYMBOLIC[op](*args)
-    tensors = [a if torch.is_tensor(a) else torch.scalar_tensor(a, dtype=torch.float64, device="cpu")
-               for a in args]
+    tensors = [a if torch.is_tensor(a) else
+               torch.scalar_tensor(a, dtype=torch.float64, device="cpu") for a in args]
     if op in _OPERATOR:
         return _OPERATOR[op](*tensors)
     return _ON_NUMBERS[op](*tensors) if op in _ON_NUMBERS else getattr(torch, op)(*tensors)

@@ -79,7 +79,8 @@ class Plan:
             return self.sinks is None and not (self.masking and self.masking.uniform)
         if self.sinks is not None and (requires_grad or not flash.AVAILABLE):
             return False
-        if operand_grad and (self.masking is not None or self.sinks is not None):
+        learned = (self.masking, self.sinks, self.query_factor, self.key_factor)
+        if operand_grad and any(part is not None for part in learned):
             return False
         return head_dim == value_dim or max(head_dim, value_dim) <= _MAX_PADDING * min(
             head_dim, value_dim)
@@ -151,6 +152,8 @@ def sdpa(s: Steps, p: Plan, query: Tensor, key: Tensor, value: Tensor,
             return fallback()
         if p.masking is None or p.masking.slot is None or p.sinks is not None or (
                 p.query_factor is not None or p.key_factor is not None):
+            if (p.query_factor is not None or p.key_factor is not None) and _learned(operands):
+                return fallback()  # the factor's gradient is more accurate from the scores
             tile = _tile(s, query, key, value, operands)
             query, key = _with_factors(p, query, key, tile)
         if p.masking is not None:
@@ -211,6 +214,10 @@ def quick(p: Plan, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
             query, key, value, mask, 0.0, p.causal, scale=p.scale)
     out = F.scaled_dot_product_attention(query, key, value, None, 0.0, p.causal, scale=p.scale)
     return None if _has_zero_row(out) and keys[2] else out
+
+
+def _learned(operands: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(o.requires_grad for o in operands)
 
 
 def _tile(s: Steps, query: Tensor, key: Tensor, value: Tensor, operands: tuple[Tensor, ...]

@@ -161,10 +161,7 @@ def test_custom_backward_is_kept():
 
         def forward(self, x):
             y = self.a(x).softmax(-1)
-            y = Twice.apply(y)
-            if y.requires_grad:
-                y.register_hook(lambda g: g * 3)
-            return y * x
+            return Twice.apply(y) * x
 
     opt, original = pair(Model(), X)
     for _ in range(3):
@@ -176,16 +173,58 @@ def test_custom_backward_is_kept():
 
 
 @pytest.mark.usefixtures("as_captured")
+def test_hooks_on_tensors_are_kept():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.a(x).softmax(-1)
+            y.register_hook(lambda g: g * 3)
+            return y * x
+
+    opt, original = pair(Model(), X)
+    for _ in range(3):
+        same(gradients(opt, opt(X).sum()), gradients(original, original(X).sum()), 0.0)
+    assert hits(opt) == 0
+
+
+@pytest.mark.usefixtures("as_captured")
 def test_branches_on_the_gradient_mode():
     class Model(nn.Module):
         def forward(self, x):
             return x.softmax(-1) if torch.is_grad_enabled() else x
 
     opt = attnopt.optimize(Model(), (X,))
-    same(opt(X), X.softmax(-1), 0.0)
-    with torch.no_grad():
-        same(opt(X), X, 0.0)
-    assert hits(opt) == 1
+    for _ in range(3):
+        same(opt(X), X.softmax(-1), 0.0)
+        with torch.no_grad():
+            same(opt(X), X, 0.0)
+    assert hits(opt) == 5, "a variant for each mode"
+
+
+@pytest.mark.usefixtures("as_captured")
+def test_branches_on_requires_grad():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.a(x).softmax(-1)
+            return y * 2 if y.requires_grad and x.requires_grad else y
+
+    opt, original = pair(Model(), X)
+    for x in (X, X.clone().requires_grad_()):
+        for _ in range(2):
+            same(opt(x), original(x), 0.0)
+            with torch.no_grad():
+                same(opt(x), original(x), 0.0)
+    opt.requires_grad_(False)
+    original.requires_grad_(False)
+    same(opt(X), original(X), 0.0)
+    assert hits(opt) == 3
 
 
 @pytest.mark.usefixtures("as_captured")

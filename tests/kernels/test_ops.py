@@ -257,6 +257,18 @@ def test_inference_mode_does_not_spoil_later_training() -> None:
         assert given[0].grad is not None
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_what_is_kept_between_calls_is_of_plain_tensors(name: str) -> None:
+    length, text = 13, str(SPECS[name])
+    given, operands = drawn(1, length), operands_of(name, 1, length)
+    with FakeTensorMode() as mode:
+        attend(text, "", *map(mode.from_tensor, (*given, *operands)))
+    with torch.device("meta"):
+        out = attend(text, "", *given, *operands)
+    assert type(out) is Tensor and out.device.type == "cpu"
+    torch.testing.assert_close(out, composed(name)(*given, *operands))
+
+
 # -- graphs ---------------------------------------------------------------------------------------
 def graph_of(name: str) -> fx.GraphModule:
     graph = fx.Graph()
