@@ -60,16 +60,19 @@ class OptimizedModule(nn.Module):
             raise CaptureError(reason)
         return self
 
+    def __copy__(self) -> OptimizedModule:
+        runtime = type(self)._attnopt_runtime
+        return _rebuild(copy.copy(_users_module(self)), *runtime.configuration)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
         runtime = type(self)._attnopt_runtime
-        result = _rebuild(copy.deepcopy(_users_module(self), memo), runtime.options,
-                          runtime.dynamic_shapes)
+        result = _rebuild(copy.deepcopy(_users_module(self), memo), *runtime.configuration)
         memo[id(self)] = result
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         runtime = type(self)._attnopt_runtime
-        return _rebuild, (_users_module(self), runtime.options, runtime.dynamic_shapes)
+        return _rebuild, (_users_module(self), *runtime.configuration)
 
 
 def wrap(model: nn.Module, runtime: Runtime, *, inplace: bool = False) -> OptimizedModule:
@@ -152,8 +155,8 @@ def _users_module(optimized: OptimizedModule) -> nn.Module:
     return shell
 
 
-def _rebuild(model: nn.Module, options: Options, dynamic_shapes: Any) -> OptimizedModule:
-    return wrap(model, Runtime(model, options, dynamic_shapes))
+def _rebuild(model: nn.Module, *configuration: Any) -> OptimizedModule:
+    return wrap(model, Runtime(model, *configuration))
 
 
 def make_report(runtime: Runtime, module: nn.Module | None = None) -> Report:

@@ -47,10 +47,12 @@ class Runtime:
         model: the user's module, of the user's class; its `__dict__` is that of the optimised
             module.
         options: for the passes.
-        dynamic_shapes: as given by the user, for calls with the arguments of the first one.
+        dynamic_shapes: as given by the user.
+        dynamic_structure: of the calls that they are for; None for the first one prepared.
     """
 
-    def __init__(self, model: nn.Module, options: Options, dynamic_shapes: Any = None) -> None:
+    def __init__(self, model: nn.Module, options: Options, dynamic_shapes: Any = None,
+                 dynamic_structure: Any = None) -> None:
         self.model = model
         self.home = model.__dict__
         self.options = options
@@ -66,7 +68,7 @@ class Runtime:
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.disabled = os.environ.get("ATTNOPT_DISABLE", "") not in ("", "0")
         self._reader = CallReader(self.own_forward)
-        self._dynamic_structure: Any = None
+        self.dynamic_structure = dynamic_structure
         self._seen: Counter[Any] = Counter()
         self._refused: dict[Any, str] = {}
         self._graph_by_graph: dict[Any, bool] = {}
@@ -90,6 +92,11 @@ class Runtime:
         if self.instance_forward is not None:
             return self.instance_forward
         return types.MethodType(type(self.model).forward, self.model)
+
+    @property
+    def configuration(self) -> tuple[Any, ...]:
+        """What a copy of the module is rebuilt from, besides the user's module."""
+        return self.options, self.dynamic_shapes, self.dynamic_structure
 
     def note(self, text: str) -> None:
         """A sentence for the report, once."""
@@ -166,7 +173,8 @@ class Runtime:
         modules = list(self.model.modules())
         tensors = tuple([None if t is None else (t.dtype, t.device) for m in modules
                          for d in (m._parameters, m._buffers) for t in d.values()])
-        key = (kind, sizes, torch.is_grad_enabled(), autocast_state(), tuple([m.training for m in modules]), tensors)
+        modes = (torch.is_grad_enabled(), autocast_state(), tuple([m.training for m in modules]))
+        key = (kind, sizes, modes, tensors)
         hash(key)
         return kind, key
 
@@ -190,7 +198,8 @@ class Runtime:
             return "ATTNOPT_DISABLE is set"
         with self._lock:
             if self.example is None:
-                self.example, self._dynamic_structure = (args, dict(kwargs)), call.structure
+                self.example = (args, dict(kwargs))
+                self.dynamic_structure = self.dynamic_structure or call.structure
             if any(not isinstance(v.match(call), str) for v in self.variants):
                 return None
             try:
@@ -239,7 +248,7 @@ class Runtime:
     def _capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         if global_hooks():
             raise CaptureError("hooks on all modules are registered", front_end=False)
-        shapes = self.dynamic_shapes if call.structure == self._dynamic_structure else None
+        shapes = self.dynamic_shapes if call.structure == self.dynamic_structure else None
         shapes = _named_shapes(shapes, self._reader, args, kwargs)
         given, named = self._reader.arguments(args, kwargs)
         with progress(type(self.model).__name__):

@@ -21,16 +21,9 @@ from torch import Tensor
 from attnopt.ir import expr as E
 from attnopt.ir.mask import ALL
 from attnopt.kernels.aten.dense import dense, working_dtype
+from attnopt.kernels.aten.scores import additive_scores, augmented, contract, raw_scores
 from attnopt.kernels.aten.skipping import key_range, skips_keys
-from attnopt.kernels.aten.steps import (
-    Steps,
-    additive_scores,
-    augmented,
-    contract,
-    finish,
-    raw_scores,
-    weigh,
-)
+from attnopt.kernels.aten.steps import Steps, finish, weigh
 from attnopt.kernels.aten.tile import Tile, broadcast
 
 

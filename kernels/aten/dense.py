@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from attnopt.ir import expr as E
-from attnopt.kernels.aten.steps import Steps, contract, finish, raw_scores, weigh
+from attnopt.kernels.aten.scores import contract, raw_scores
+from attnopt.kernels.aten.steps import Steps, finish, weigh
 from attnopt.kernels.aten.tile import Tile, broadcast
 
 HALF = (torch.float16, torch.bfloat16)

@@ -103,6 +103,15 @@ def test_copies_are_rebuilt():
     same(copy.copy(opt)(X), opt(X), 0.0)
 
 
+def test_copies_keep_the_dynamic_shapes():
+    opt = attnopt.optimize(Attention().eval(), (X,),
+                           dynamic_shapes={"x": {1: torch.export.Dim("n", min=2, max=64)}})
+    for other in (copy.copy(opt), copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        for length in (5, 5, 6, 7):
+            same(other(X.repeat(1, 2, 1)[:, :length]), opt(X.repeat(1, 2, 1)[:, :length]), 0.0)
+        assert hits(other) == 3 and len(other.graph_modules) == 1
+
+
 def test_instances_made_from_the_class_are_plain():
     opt, _ = pair(Named().eval(), X)
     fresh = type(opt)().eval()
