@@ -58,8 +58,8 @@ class CallReader:
             self._signature = None
         kinds = () if self._signature is None else tuple(self._signature.parameters.values())
         self._positional = any(p.kind is _P.VAR_POSITIONAL for p in kinds)
-        #: whether the signature takes *args or **kwargs, or is not known
-        self.variadic = self._signature is None or any(
+        # whether the signature takes *args or **kwargs, or is not known
+        self._variadic = self._signature is None or any(
             p.kind in (_P.VAR_POSITIONAL, _P.VAR_KEYWORD) for p in kinds)
         self._plans: dict[Any, list[tuple[str, Any, Any]]] = {}
 
@@ -112,10 +112,23 @@ class CallReader:
                 bound.arguments[name] = dict(sorted(value.items()))
         return bound.args, bound.kwargs
 
-    def shape_names(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-        """Names of the arguments in the order in which they were given."""
-        if self._signature is None:
-            return [f"arg{i}" for i in range(len(args))] + list(kwargs)
+    def named_shapes(self, shapes: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A call's `dynamic_shapes` by argument name for the call in its one form, which leaves
+        defaults out; what cannot be put so is left to torch.export, which says what is wrong."""
+        if not isinstance(shapes, (tuple, list, dict)) or self._variadic:
+            return shapes
+        if not isinstance(shapes, dict):
+            names = self._names(args, kwargs)
+            if len(names) != len(shapes):
+                return shapes
+            shapes = dict(zip(names, shapes, strict=True))
+        kept = self._names(*self.arguments(args, kwargs))
+        extra = [name for name in shapes if name not in kept and shapes[name] is not None]
+        return shapes if extra else {name: shapes.get(name) for name in kept}
+
+    def _names(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+        """Names of the arguments in the order in which they are given."""
+        assert self._signature is not None
         names = [p.name for p in self._signature.parameters.values()
                  if p.kind in (_P.POSITIONAL_ONLY, _P.POSITIONAL_OR_KEYWORD)]
         return names[:len(args)] + list(kwargs)

@@ -19,7 +19,6 @@ import torch
 from torch import fx, nn
 
 from attnopt.errors import CaptureError
-from attnopt.passes.options import Options
 from attnopt.report import Report
 from attnopt.runtime import Runtime
 

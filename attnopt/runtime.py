@@ -249,7 +249,7 @@ class Runtime:
         if global_hooks():
             raise CaptureError("hooks on all modules are registered", front_end=False)
         shapes = self.dynamic_shapes if call.structure == self.dynamic_structure else None
-        shapes = _named_shapes(shapes, self._reader, args, kwargs)
+        shapes = self._reader.named_shapes(shapes, args, kwargs)
         given, named = self._reader.arguments(args, kwargs)
         with progress(type(self.model).__name__):
             traced = capture(self.model, given, named, shapes)
@@ -309,19 +309,3 @@ def _dense(leaf: Any) -> bool:
 
 def _hashable(value: Any) -> bool:
     return isinstance(value, (type(None), bool, int, float, str, bytes, torch.dtype, torch.device))
-
-
-def _named_shapes(shapes: Any, reader: CallReader, args: tuple[Any, ...],
-                  kwargs: dict[str, Any]) -> Any:
-    """`dynamic_shapes` by argument name for the call in its one form, which leaves defaults out."""
-    if not isinstance(shapes, (tuple, list, dict)) or reader.variadic:
-        return shapes
-    if not isinstance(shapes, dict):
-        names = reader.shape_names(args, kwargs)
-        if len(names) != len(shapes):
-            return shapes  # torch.export says what is wrong with it
-        shapes = dict(zip(names, shapes, strict=True))
-    given, named = reader.arguments(args, kwargs)
-    kept = reader.shape_names(given, named)
-    extra = [name for name in shapes if name not in kept and shapes[name] is not None]
-    return shapes if extra else {name: shapes.get(name) for name in kept}

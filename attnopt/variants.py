@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from attnopt.calls import Call
 from attnopt.direct_calls import with_direct_calls
 from attnopt.errors import AttnOptError
+from attnopt.leaf_checks import TENSORS, aliases, leaf_check
 from attnopt.passes.autocast import autocast_off, autocast_state
 from attnopt.passes.capture import Traced, find_slot
 from attnopt.passes.guards import ValueGuard
@@ -28,7 +29,6 @@ except ImportError:
     _native = None  # type: ignore[assignment]
 _TensorGuards: Any = getattr(_native, "TensorGuards", None)
 
-_TENSORS = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
 _MAX_REBUILDS = 8
 
 
@@ -58,9 +58,9 @@ class Variant:
         names = call.names()
         inputs = [n.meta.get("val") for n in captured.placeholders
                   if captured.origins[n.name].kind == "input"]
-        self._leaves = [_leaf_check(leaf, fake, name)
+        self._leaves = [leaf_check(leaf, fake, name)
                         for leaf, fake, name in zip(call.leaves, inputs, names, strict=True)]
-        self._aliases = _aliases(call.leaves)
+        self._aliases = aliases(call.leaves)
         self._slots: list[tuple[dict[str, Any], str]] = []
         self._find_slots(traced, model)
         values = [d[k] for d, k in self._slots]
@@ -107,7 +107,7 @@ class Variant:
                 return why
         if self._fits is not None and not self._fits(call.leaves):
             return "sizes outside the captured range"
-        if len(self._leaves) > 1 and _aliases(call.leaves) != self._aliases:
+        if len(self._leaves) > 1 and aliases(call.leaves) != self._aliases:
             return "arguments that are one object, or no longer are"
         if autocast_state() != self.autocast:
             return "another autocast state"
@@ -191,76 +191,10 @@ def _simple(spec: pytree.TreeSpec | None) -> Any:
     return tuple if spec.type is tuple and flat else pytree
 
 
-def _aliases(leaves: Sequence[Any]) -> tuple[int, ...]:
-    """For each tensor the position of the first leaf that is the same object."""
-    first: dict[int, int] = {}
-    return tuple([first.setdefault(id(leaf), i) for i, leaf in enumerate(leaves)
-                  if isinstance(leaf, torch.Tensor)])
-
-
 def _ties(values: Sequence[Any]) -> list[tuple[int, int]]:
     first: dict[int, int] = {}
     pairs = [(first.setdefault(id(v), i), i) for i, v in enumerate(values)]
     return [(a, b) for a, b in pairs if a != b]
-
-
-def _leaf_check(leaf: Any, fake: Any, name: str) -> Callable[[Any], str | None]:
-    if isinstance(leaf, torch.Tensor):
-        return _tensor_check(leaf, fake, name)
-    return _plain_check(leaf, fake, name)
-
-
-def _plain_check(leaf: Any, fake: Any, name: str) -> Callable[[Any], str | None]:
-    kind, text = type(leaf), f"another value of {name}"
-    if isinstance(fake, torch.SymInt):
-        return lambda value: None if type(value) is kind else text
-    if kind is float:  # NaN equals itself here, and 0.0 is not -0.0
-        bits = leaf.hex()
-        return lambda value: None if type(value) is float and value.hex() == bits else text
-    return lambda value: None if type(value) is kind and (
-        value is leaf or value == leaf) else text
-
-
-def _tensor_check(leaf: torch.Tensor, fake: Any, name: str) -> Callable[[Any], str | None]:
-    dtype, device, dim = leaf.dtype, leaf.device, leaf.dim()
-    contiguous = leaf.is_contiguous()
-    sizes = fake.shape if isinstance(fake, torch.Tensor) else leaf.shape
-    static = [(d, int(s)) for d, s in enumerate(sizes) if not isinstance(s, torch.SymInt)]
-    shape = leaf.shape if len(static) == dim else None
-    strides = leaf.stride() if shape is not None and not contiguous else None
-    order = None if contiguous or strides is not None else _order(leaf)
-    strided = torch.strided
-
-    def check(value: Any) -> str | None:
-        if type(value) not in _TENSORS:
-            return f"another type of {name}"
-        if value.dtype is not dtype:
-            return f"another dtype of {name}"
-        if value.layout is not strided or value.is_nested:
-            return f"another layout of {name}"
-        if value.device != device:
-            return f"another device of {name}"
-        if shape is not None:
-            if value.shape != shape:
-                return f"another size of {name}"
-        elif value.dim() != dim or any(value.shape[d] != s for d, s in static):
-            return f"another size of {name}"
-        if value.is_contiguous() is not contiguous:
-            return f"another memory layout of {name}"
-        if strides is not None and value.stride() != strides:
-            return f"another memory layout of {name}"
-        if order is not None and _order(value) != order:
-            return f"another memory layout of {name}"
-        return None
-
-    return check
-
-
-def _order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions from the widest stride to the narrowest; expanded ones are marked."""
-    strides = tensor.stride()
-    ranked = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
-    return (*ranked, *[-1 - d for d, s in enumerate(strides) if s == 0])
 
 
 class _TensorCheck:
@@ -275,7 +209,7 @@ class _TensorCheck:
         self._expected = [(v.dtype, v.device, v.shape) for v in values]
         self._native: Any = None
         self._rebuilds = 0
-        if all(type(v) in _TENSORS for v in values):
+        if all(type(v) in TENSORS for v in values):
             self._rebuild(values)
 
     def same(self, values: Sequence[torch.Tensor]) -> bool:
@@ -283,7 +217,7 @@ class _TensorCheck:
         if native is not None and native.check(*values):
             return True
         for value, (dtype, device, shape) in zip(values, self._expected, strict=True):
-            if type(value) not in _TENSORS or value.dtype is not dtype:
+            if type(value) not in TENSORS or value.dtype is not dtype:
                 return False
             if value.device != device or value.shape != shape:
                 return False

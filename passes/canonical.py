@@ -96,7 +96,9 @@ def canonicalize(program: Program, site: Attention) -> Canonical:
     for operand in loaded.values():
         operand.node, operand.layout = bring(operand.node, operand.layout)
 
-    lead = [part for dim in settle(site.lead) for part in ([(a,) for a in dim] or [()])]
+    lead: list[tuple[Axis, ...]] = []
+    for dim in settle(site.lead):
+        lead += [(a,) for a in dim] or [()]
     names = leading_axes(len(lead))
     scores: Target = (*lead, resolve(site.rows), resolve(site.keys))
     axis_names = (*names, "q", "k")

@@ -105,7 +105,7 @@ def _back_repeat_interleave(node: fx.Node, layout: Layout) -> Layout:
 
 
 def _unrepeat(layout: Layout, shape: Sequence[Any], *, repeats_first: bool) -> Layout:
-    found = []
+    found: list[tuple[Axis, ...]] = []
     for axes, size in zip(settle(layout), shape, strict=True):
         if size == 1:
             found.append(())

@@ -8,7 +8,6 @@ from torch import fx
 
 from attnopt.ir import expr as E
 from attnopt.passes.axes import Axis, Layout, broadcast, fresh, settle, shape_of
-from attnopt.passes.normalize import is_tensor
 from attnopt.passes.normalizers import Normalizer
 from attnopt.passes.program import Program
 from attnopt.passes.reader import Loaded
@@ -39,7 +38,7 @@ def read_sdpa(program: Program, node: fx.Node) -> Attention:
     operands: dict[str, Loaded] = {}
     logits = E.score * float(scale)
     mask = args.get("attn_mask")
-    if is_tensor(mask):
+    if isinstance(mask, fx.Node):
         full: Layout = (*batch, (rows,), (keys,))
         layout = settle(broadcast(full, shape_of(mask.meta["val"])))
         boolean = not mask.meta["val"].is_floating_point()

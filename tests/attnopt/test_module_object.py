@@ -108,7 +108,8 @@ def test_copies_keep_the_dynamic_shapes():
                            dynamic_shapes={"x": {1: torch.export.Dim("n", min=2, max=64)}})
     for other in (copy.copy(opt), copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
         for length in (5, 5, 6, 7):
-            same(other(X.repeat(1, 2, 1)[:, :length]), opt(X.repeat(1, 2, 1)[:, :length]), 0.0)
+            x = torch.randn(2, length, 8)
+            same(other(x), opt(x), 0.0)
         assert hits(other) == 3 and len(other.graph_modules) == 1
 
 

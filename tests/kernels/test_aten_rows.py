@@ -1,6 +1,5 @@
 """Rows without a key, numbers that are none, operands of other dtypes, dropout."""
 
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,6 +1,5 @@
 """Generated code against the evaluation of the expression, in every mode and window."""
 
-
 import pytest
 import torch
 from torch import Tensor

@@ -45,8 +45,9 @@ def _remarks(row: sweep.Row) -> list[str]:
     out += row.notes
     if not row.exported:
         out.append("torch.export cannot capture it; calls of an eager run were counted")
-    reasons = Counter(map(_cause, row.reasons))
-    return out + [f"kept {n}x {reason}" for reason, n in reasons.items()]
+    for status, reasons in (("canonical", row.canonical_reasons), ("kept", row.reasons)):
+        out += [f"{status} {n}x {reason}" for reason, n in Counter(map(_cause, reasons)).items()]
+    return out
 
 
 def _totals(rows: list[sweep.Row]) -> str:
@@ -54,7 +55,6 @@ def _totals(rows: list[sweep.Row]) -> str:
         return sum(getattr(row, name) for row in rows)
 
     whole = [row for row in rows if row.nodes and row.kept == 0 and not row.missing and row.right]
-    reasons = Counter(_cause(reason) for row in rows for reason in row.reasons)
     lines = [
         f"{len(rows)} models, {sum(not row.exported for row in rows)} of them not exportable",
         f"{total('nodes')} softmax and SDPA nodes ({total('dead')} dead ones apart), "
@@ -65,9 +65,12 @@ def _totals(rows: list[sweep.Row]) -> str:
         f"{sum(row.share > 1.0 for row in rows if not row.failure)} models outside the acceptance "
         f"rule, {sum(bool(row.failure) for row in rows)} failures",
         f"torch.export {total('capture_seconds'):.0f} s, optimize() {total('seconds'):.0f} s",
-        "kept, by reason:",
     ]
-    return "\n".join(lines + [f"  {n:>4}  {reason}" for reason, n in reasons.most_common()])
+    for status, field in (("kept", "reasons"), ("canonical", "canonical_reasons")):
+        reasons = Counter(_cause(reason) for row in rows for reason in getattr(row, field))
+        lines += [f"{status}, by reason:"]
+        lines += [f"  {n:>4}  {reason}" for reason, n in reasons.most_common()]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -42,8 +42,9 @@ class Row:
     canonical: int = 0
     kept: int = 0
     sampling: int = 0
-    #: "path: reason" of each kept site
+    #: "path: reason" of each kept site, and of each canonical one
     reasons: list[str] = field(default_factory=list)
+    canonical_reasons: list[str] = field(default_factory=list)
     #: module paths whose nodes the report does not account for, with the number missing
     missing: dict[str, int] = field(default_factory=dict)
     #: largest error of any output, and the largest share of its bound that one used up
@@ -179,4 +180,6 @@ def examine(entry: zoo.Entry, verify: bool = False) -> Row:
         setattr(row, site.status, getattr(row, site.status) + 1)
         if site.status == "kept":
             row.reasons.append(f"{site.path}: [{site.kind}] {site.reason}")
+        elif site.status == "canonical":
+            row.canonical_reasons.append(f"{site.path}: {site.reason}")
     return row
