@@ -24,10 +24,10 @@ from attnopt.direct_calls import with_direct_calls
 from attnopt.errors import CaptureError
 from attnopt.ir.captured import Captured
 from attnopt.passes import pipeline
-from attnopt.passes.autocast import autocast_state
-from attnopt.passes.capture import Traced, capture
-from attnopt.passes.capture_dynamo import compile_forward
-from attnopt.passes.guards import ValueGuard
+from attnopt.passes.capture.autocast import autocast_state
+from attnopt.passes.capture.dynamo import compile_forward
+from attnopt.passes.capture.export import Traced, capture
+from attnopt.passes.capture.guards import ValueGuard
 from attnopt.passes.options import Options
 from attnopt.progress import progress
 from attnopt.surroundings import global_hooks, inside_a_backward, outside

@@ -18,10 +18,10 @@ from attnopt.calls import Call
 from attnopt.direct_calls import with_direct_calls
 from attnopt.errors import AttnOptError
 from attnopt.leaf_checks import TENSORS, aliases, leaf_check
-from attnopt.passes.autocast import autocast_off, autocast_state
-from attnopt.passes.capture import Traced, find_slot
-from attnopt.passes.guards import ValueGuard
-from attnopt.passes.regions import enter_grad_mode
+from attnopt.passes.capture.autocast import autocast_off, autocast_state
+from attnopt.passes.capture.export import Traced, find_slot
+from attnopt.passes.capture.guards import ValueGuard
+from attnopt.passes.capture.regions import enter_grad_mode
 
 try:  # torch's own check of many tensors at once; private, so do without where it is not
     from torch._C._dynamo import guards as _native

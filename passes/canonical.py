@@ -16,12 +16,12 @@ from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Causal
 from attnopt.ir.spec import Operand, Spec, leading_axes
-from attnopt.passes.axes import Axis, Layout, axes_of, product, resolve, settle
-from attnopt.passes.layout import strip
 from attnopt.passes.normalize import op_name
-from attnopt.passes.pointwise import is_cast
-from attnopt.passes.program import Program
-from attnopt.passes.recognize import Attention
+from attnopt.passes.recognize.attention import Attention
+from attnopt.passes.recognize.axes import Axis, Layout, axes_of, product, resolve, settle
+from attnopt.passes.recognize.layout import strip
+from attnopt.passes.recognize.pointwise import is_cast
+from attnopt.passes.recognize.program import Program
 from attnopt.rules import Decline
 
 Target = tuple[tuple[Axis, ...], ...]

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from attnopt.passes.normalize import op_name
-from attnopt.passes.pointwise import is_cast
-from attnopt.passes.program import SOFTMAX
+from attnopt.passes.recognize.pointwise import is_cast
+from attnopt.passes.recognize.program import SOFTMAX
 
 aten = torch.ops.aten
 Number = Callable[[Any], Any]

@@ -16,15 +16,16 @@ from torch import fx
 from attnopt.ir.captured import Captured
 from attnopt.ir.site import SiteRecord, module_path, source_line
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.passes.analyze import Facts, analyze, words
-from attnopt.passes.axes import product, resolve
+from attnopt.passes.analyze.provenance import Analysis
+from attnopt.passes.analyze.structure import Facts, analyze, words
 from attnopt.passes.canonical import Canonical, canonicalize
-from attnopt.passes.guards import ValueGuard
+from attnopt.passes.capture.guards import ValueGuard
 from attnopt.passes.normalize import View, functional_view, op_name
 from attnopt.passes.options import Options
-from attnopt.passes.program import PARAMETER, Program
-from attnopt.passes.provenance import Analysis
-from attnopt.passes.recognize import Attention, Miss, recognize
+from attnopt.passes.recognize.attention import Attention, Miss
+from attnopt.passes.recognize.axes import product, resolve
+from attnopt.passes.recognize.program import PARAMETER, Program
+from attnopt.passes.recognize.sites import recognize
 from attnopt.passes.rules import REGISTRY
 from attnopt.passes.substitute import discard, rewire, substitute, sweep, written_later
 from attnopt.passes.verify import Candidate, verify

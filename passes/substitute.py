@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.passes.axes import product, resolve, settle
 from attnopt.passes.canonical import Canonical, Tensor
-from attnopt.passes.layout import Arranger
 from attnopt.passes.normalize import View, _aliased, op_name, writes
+from attnopt.passes.recognize.axes import product, resolve, settle
+from attnopt.passes.recognize.layout import Arranger
 
 aten = torch.ops.aten
 

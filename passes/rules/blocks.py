@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnopt import kernels
 from attnopt.ir.spec import Schedule
+from attnopt.passes.rules.cost import pays
 from attnopt.rules import Decline, Match, Region, Rule
 
 
@@ -19,4 +20,5 @@ class RowBlocks(Rule):
         reasons = kernels.reasons(region.spec, "aten:blocks", dtypes=region.dtypes)
         if reasons:
             raise Decline(reasons[0])
+        pays(region)
         return Match(region.spec, Schedule("aten:blocks"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from attnopt import kernels
 from attnopt.ir.spec import Schedule
+from attnopt.passes.rules.cost import pays
 from attnopt.rules import Decline, Match, Region, Rule
 
 
@@ -25,4 +26,5 @@ class FusedSoftmax(Rule):
             operand_grad=region.training and region.operand_grad)
         if reasons:
             raise Decline(reasons[0])
+        pays(region)
         return Match(region.spec, Schedule("aten:sdpa"))

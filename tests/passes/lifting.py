@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 
 from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.expr import Expr
-from attnopt.passes.lift import Lifter
+from attnopt.passes.analyze.lift import Lifter
+from attnopt.passes.analyze.provenance import Analysis, Finding
 from attnopt.passes.normalize import functional_view
-from attnopt.passes.provenance import Analysis, Finding
 
 AXES = ("b", "h", "q", "k")
 

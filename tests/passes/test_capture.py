@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from attnopt.errors import CaptureError
-from attnopt.passes.capture import capture
-from attnopt.passes.regions import REGION
+from attnopt.passes.capture.export import capture
+from attnopt.passes.capture.regions import REGION
 
 X = torch.linspace(-2, 2, 2 * 5 * 8).reshape(2, 5, 8)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnopt.passes.capture import capture
+from attnopt.passes.capture.export import capture
 
 X = torch.linspace(-2, 2, 2 * 5 * 8).reshape(2, 5, 8)
 

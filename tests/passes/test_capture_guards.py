@@ -7,7 +7,7 @@ import torch
 
 from attnopt.errors import AttnOptError
 from attnopt.ir.captured import Captured, Origin
-from attnopt.passes.guards import ValueGuard, same_content
+from attnopt.passes.capture.guards import ValueGuard, same_content
 
 
 def guard_of(tensor, kind="buffer"):

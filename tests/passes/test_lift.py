@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attnopt.ir import expr as E
-from attnopt.passes.lift import Unliftable
-from attnopt.passes.logic import Logic
+from attnopt.passes.analyze.lift import Unliftable
+from attnopt.passes.analyze.logic import Logic
 from tests.passes.lifting import Program, capture, layout_of, module, value, values_of
 
 Make = Callable[[random.Random], tuple[Callable[..., Tensor], tuple[Tensor, ...]]]

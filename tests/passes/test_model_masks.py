@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from attnopt.ir.mask import And, Band, Causal, KeyKeep, Mask
+from attnopt.passes.analyze.provenance import Finding
 from attnopt.passes.normalize import op_name
-from attnopt.passes.provenance import Finding
 from tests.models import zoo
 from tests.passes.lifting import Program, capture, layout_of
 

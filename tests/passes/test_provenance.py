@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from attnopt.ir import expr as E
 from attnopt.ir.mask import ALL, And, Band, Causal, KeyKeep, Or, Prefix, Segments, Where, Windows
-from attnopt.passes import by_value
-from attnopt.passes.by_value import Values
-from attnopt.passes.provenance import Finding
+from attnopt.passes.analyze import by_value
+from attnopt.passes.analyze.by_value import Values
+from attnopt.passes.analyze.provenance import Finding
 from tests.passes.lifting import Program, capture, find, judge, layout_of, module
 
 AUTO = torch.export.Dim.AUTO

@@ -1,0 +1,231 @@
+"""Analysis: what is known of each mask and bias of a site, and the Spec with that knowledge in it.
+
+Each operand that is added to the logits or that selects them is classed by provenance and lifted
+(`attnopt.passes.analyze.provenance`). What is proven to be structure, at no cost at run time,
+moves from the logits into `Spec.mask`: masks that keep everything vanish, causal masks become
+`Causal`. Everything else is carried as the author has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.ir.mask import ALL, Mask, Where
+from attnopt.ir.spec import leading_axes
+from attnopt.passes.analyze.provenance import Analysis, Finding
+from attnopt.passes.canonical import Canonical
+from attnopt.passes.recognize.axes import length, product, resolve, settle
+
+#: A finite fill this low underflows to a weight of zero beside any kept key.
+LOW = -1e8
+
+
+@dataclass
+class Facts:
+    """What analysis adds to a site: guards on values that were read, and words for the report."""
+
+    guards: set[str] = field(default_factory=set)
+    words: dict[str, str] = field(default_factory=dict)
+    gained: list[str] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
+    mask: Mask = ALL
+    #: the part of the mask that was proven, without selections by an operand
+    proven: Mask = ALL
+
+
+def analyze(analysis: Analysis, canonical: Canonical) -> tuple[Canonical, Facts]:
+    """Move what is proven from the logits into the mask."""
+    facts = Facts(mask=canonical.spec.mask, proven=canonical.spec.mask)
+    if canonical.spec.normalizer != "softmax":
+        for slot in canonical.operands:
+            _describe(analysis, canonical, slot, facts)
+        return canonical, facts
+    logits = _peel(analysis, canonical, canonical.spec.logits, facts)
+    logits, empty_row = _selections(analysis, canonical, logits, facts)
+    for slot in sorted(set(canonical.operands) - set(facts.words)):
+        _describe(analysis, canonical, slot, facts)
+    if logits is canonical.spec.logits and facts.mask is canonical.spec.mask:
+        return canonical, facts
+    spec = canonical.spec.with_(logits=logits, mask=facts.mask, empty_row=empty_row)
+    operands = {o.slot: canonical.operands[o.slot] for o in spec.operands
+                if o.slot in canonical.operands}
+    return replace(canonical, spec=spec, operands=operands), facts
+
+
+def _peel(analysis: Analysis, canonical: Canonical, e: Expr, facts: Facts) -> Expr:
+    """`e` without the outer terms and selections that turn out to be structure."""
+    if e.op == "add":
+        a, b = e.args
+        for term, rest in ((b, a), (a, b)):
+            if _is_operand(term) and not _is_operand(rest):
+                found = _find(analysis, canonical, term.value, "additive", facts)
+                rest = _peel(analysis, canonical, rest, facts)
+                if found is not None and _usable(found, found.fill, canonical):
+                    _take(found, term.value, facts)
+                    return rest
+                return E.call("add", rest, term)
+        return E.call("add", *(x if _is_operand(x) else _peel(analysis, canonical, x, facts)
+                               for x in (a, b)))
+    if e.op == "where":
+        condition, yes, no = e.args
+        keeps = no.op == "const" and no.value <= LOW
+        drops = yes.op == "const" and yes.value <= LOW
+        if keeps or drops:
+            kept, fill = (yes, no.value) if keeps else (no, yes.value)
+            inner = _peel(analysis, canonical, kept, facts)
+            if _is_operand(condition) or (condition.op == "not" and _is_operand(
+                    condition.args[0])):
+                slot = (condition if _is_operand(condition) else condition.args[0]).value
+                role = "keep" if keeps == _is_operand(condition) else "drop"
+                found = _find(analysis, canonical, slot, role, facts)
+                if found is not None and _usable(found, fill, canonical):
+                    _take(found, slot, facts)
+                    return inner
+            return E.where(condition, inner, no) if keeps else E.where(condition, yes, inner)
+    if e.op == "mul" and e.args[1].op == "const" and e.args[1].value >= 1e-3:
+        return E.call("mul", _peel(analysis, canonical, e.args[0], facts), e.args[1])
+    if e.op == "div" and e.args[1].op == "const" and 0 < e.args[1].value <= 1e3:
+        return E.call("div", _peel(analysis, canonical, e.args[0], facts), e.args[1])
+    return e
+
+
+def _selections(analysis: Analysis, canonical: Canonical, e: Expr,
+                facts: Facts) -> tuple[Expr, str]:
+    """Move selections with a fill of -inf, or so low that it underflows, into the mask.
+
+    A row without a key is then NaN, or uniform where the fill is finite: all its logits are equal.
+    Both at once have no such rule; the finite one then stays in the logits.
+    """
+    empty = canonical.spec.empty_row
+    found = _selection(e)
+    if found is not None and -math.inf < found[1] and facts.mask.row_always_kept() \
+            and empty == "nan" and _finite(analysis, canonical, found[2]):
+        keep, _, e = found
+        facts.mask = facts.mask & Where(keep)
+        return e, "uniform"
+    return _infinite(e, facts), empty
+
+
+def _selection(e: Expr) -> tuple[Expr, float, Expr] | None:
+    """(keep, fill, logits) of a selection with a low fill."""
+    if e.op != "where":
+        return None
+    condition, yes, no = e.args
+    if any(leaf.op == "score" for leaf in condition.leaves):
+        return None  # a choice by the scores themselves
+    if no.op == "const" and no.value <= LOW:
+        return condition, no.value, yes
+    if yes.op == "const" and yes.value <= LOW:
+        return ~condition, yes.value, no
+    return None
+
+
+def _infinite(e: Expr, facts: Facts) -> Expr:
+    """`e` without selections that fill with -inf; finite terms added later do not change one."""
+    found = _selection(e)
+    if found is not None and found[1] == -math.inf:
+        facts.mask = facts.mask & Where(found[0])
+        return _infinite(found[2], facts)
+    if e.op == "add":
+        return E.call("add", *(a if _is_operand(a) else _infinite(a, facts) for a in e.args))
+    if e.op in ("mul", "div") and e.args[1].op == "const" and e.args[1].value > 0:
+        return E.call(e.op, _infinite(e.args[0], facts), e.args[1])
+    return e
+
+
+def _finite(analysis: Analysis, canonical: Canonical, e: Expr) -> bool:
+    """Do the operands of `e` hold no mask of their own, as far as provenance tells?"""
+    parts = [analysis.provenance(canonical.operands[s].node).parts for s in e.slots]
+    return all(p <= {"parameter", "activation"} for p in parts) and not any(
+        leaf.op == "const" and leaf.value == -math.inf for leaf in e.leaves)
+
+
+def _is_operand(e: Expr) -> bool:
+    return e.op == "load" and not e.args
+
+
+def _usable(found: Finding, fill: float | None, canonical: Canonical) -> bool:
+    """May the mask replace the operand without changing a number?"""
+    if not found.structural or not found.exact:
+        return False
+    if found.mask is ALL or fill == -math.inf:
+        return found.mask is ALL or found.rows_kept or canonical.spec.empty_row == "nan"
+    return found.rows_kept and (fill is None or fill <= LOW)
+
+
+def _take(found: Finding, slot: str, facts: Facts) -> None:
+    assert found.mask is not None
+    facts.mask, facts.proven = facts.mask & found.mask, facts.proven & found.mask
+    facts.guards.update(found.guards)
+    facts.gained.append("a mask that keeps everything" if found.mask is ALL
+                        else f"a {found.mask.describe()} mask")
+    facts.taken.add(slot)
+
+
+def _describe(analysis: Analysis, canonical: Canonical, slot: str, facts: Facts) -> None:
+    facts.words[slot] = analysis.provenance(canonical.operands[slot].node).text
+
+
+def _find(analysis: Analysis, canonical: Canonical, slot: str, role: str,
+          facts: Facts) -> Finding | None:
+    """The finding for an operand, None where its layout has no name for the lift."""
+    _describe(analysis, canonical, slot, facts)
+    tensor = canonical.operands[slot]
+    names = (*leading_axes(len(canonical.result) - 2), "q", "k")
+    target = [resolve(dim) for dim in tensor.target]
+    known = _symbolic_lengths(canonical)
+    lengths: dict[str, Any] = {}
+    for name, dim in zip(names, target, strict=True):
+        size = product(dim)
+        if not isinstance(size, int) and size not in known:
+            return None
+        lengths[name] = size if isinstance(size, int) else known[size]
+    layout: list[Any] = []
+    for dim in settle(tensor.layout):
+        entry = _named(dim, target, names)
+        if entry is False:
+            return None
+        layout.append(entry)
+    finding = analysis.operand(tensor.node, tuple(layout), role, lengths)
+    if finding.mask is not None and facts.words[slot]:
+        facts.words[slot] += f": {finding.mask.describe()}"
+    return finding
+
+
+def _symbolic_lengths(canonical: Canonical) -> dict[Any, torch.SymInt]:
+    """Symbolic lengths that are a whole dimension of some operand, as torch has them."""
+    return {length(s): s for t in canonical.tensors for s in t.node.meta["val"].shape
+            if isinstance(s, torch.SymInt)}
+
+
+def _named(dim: tuple[Any, ...], target: list[tuple[Any, ...]], names: tuple[str, ...]) -> Any:
+    """None for length 1, an axis name, or several for a row-major product; False if cut."""
+    if not dim:
+        return None
+    found: list[str] = []
+    rest = list(dim)
+    while rest:
+        for name, axes in zip(names, target, strict=True):
+            if axes and tuple(rest[: len(axes)]) == axes:
+                found.append(name)
+                del rest[: len(axes)]
+                break
+        else:
+            return False
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def words(facts: Facts, roles: Mapping[str, str]) -> tuple[str, str]:
+    """(mask, bias) as short texts for the report."""
+    carried = {s: w for s, w in facts.words.items() if w and s not in facts.taken}
+    masks = [] if facts.proven is ALL else [facts.proven.describe()]
+    masks += [w for s, w in carried.items() if roles.get(s) == "mask"]
+    biases = [w for s, w in carried.items() if roles.get(s) not in ("mask", None)]
+    return " & ".join(dict.fromkeys(masks)), " + ".join(dict.fromkeys(biases))

@@ -1,0 +1,129 @@
+"""Normalisers written out by hand: what an expression over raw scores does to a row.
+
+Given the weights as an Expr of the score and of row reductions, find the normaliser:
+
+    exp(x - max x) / sum exp(x - max x)      softmax, with or without the maximum
+    exp(x - logsumexp x)                     softmax
+    f(x) / sum f(x)                          f with `l1`, f one of sigmoid, relu, softplus, exp
+    g(f(x))                                  f alone, g the epilogue on the weights
+
+A shift that is constant along the keys and finite (the row maximum) leaves softmax as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.passes.recognize.reader import Marker
+from attnopt.rules import Decline
+
+FUNCTIONS = ("exp", "sigmoid", "relu", "softplus")
+
+
+@dataclass
+class Normalizer:
+    name: str
+    l1: bool
+    logits: Expr
+    weights: Expr
+
+
+def contains_score(e: Expr) -> bool:
+    return any(leaf.op == "score" for leaf in e.leaves)
+
+
+def drop_shift(e: Expr, markers: Mapping[Expr, Marker]) -> Expr:
+    """`a - max(a)` is `a` to softmax; nested shifts too. Other shifts are left alone."""
+    if e.op == "sub":
+        a, shift = e.args
+        marker = markers.get(shift)
+        if marker is not None and marker.kind in ("amax", "max") \
+                and drop_shift(marker.of, markers) is drop_shift(a, markers):
+            return drop_shift(a, markers)
+    return e
+
+
+def row_free(e: Expr, markers: Mapping[Expr, Marker]) -> Expr:
+    """`e` without softmax-neutral shifts; declines where another reduction remains."""
+    e = drop_shift(e, markers)
+    left = [leaf for leaf in e.leaves if leaf in markers]
+    if left:
+        marker = markers[left[0]]
+        raise Decline(f"a row {marker.kind} enters the logits", marker.node)
+    return e
+
+
+def by_hand(e: Expr, markers: Mapping[Expr, Marker]) -> Normalizer:
+    """Find the normaliser in the weights `e`, an expression over `score` and markers."""
+    found = _as_softmax(e, markers)
+    if found is not None:
+        return found
+    sites = [n for n in e.walk() if _is_softmax_like(n, markers)]
+    if sites:
+        inner = _as_softmax(sites[-1], markers)
+        assert inner is not None
+        return _wrapped(e, sites[-1], inner, markers)
+    for node in reversed(list(e.walk())):  # outermost first
+        if node.op in FUNCTIONS and contains_score(node):
+            rest = e.replace({node: E.weight})
+            if not contains_score(rest):
+                return _with_sum(node, rest, markers)
+    return Normalizer("identity", False, row_free(e, markers), E.weight)
+
+
+def _is_softmax_like(n: Expr, markers: Mapping[Expr, Marker]) -> bool:
+    try:
+        return _as_softmax(n, markers) is not None
+    except Decline:
+        return False
+
+
+def _as_softmax(e: Expr, markers: Mapping[Expr, Marker]) -> Normalizer | None:
+    if e.op == "exp" and e.args[0].op == "sub":
+        x, shift = e.args[0].args
+        marker = markers.get(shift)
+        if marker is not None and marker.kind == "logsumexp" and marker.of is x:
+            return Normalizer("softmax", False, row_free(x, markers), E.weight)
+    if e.op == "div":
+        top, bottom = e.args
+        marker = markers.get(bottom)
+        if marker is not None and marker.kind == "sum" and marker.of is top:
+            if top.op == "exp":
+                return Normalizer("softmax", False, row_free(top.args[0], markers), E.weight)
+            if not any(n.op in FUNCTIONS for n in top.walk()):
+                return Normalizer("identity", True, row_free(top, markers), E.weight)
+            if top.op in FUNCTIONS:
+                return Normalizer(top.op, True, row_free(top.args[0], markers), E.weight)
+    return None
+
+
+def _wrapped(e: Expr, site: Expr, inner: Normalizer, markers: Mapping[Expr, Marker]) -> Normalizer:
+    rest = e.replace({site: E.weight})
+    if contains_score(rest) or any(leaf in markers for leaf in rest.leaves):
+        raise Decline("the scores are used beside their softmax")
+    return Normalizer(inner.name, inner.l1, inner.logits, rest)
+
+
+def _with_sum(node: Expr, rest: Expr, markers: Mapping[Expr, Marker]) -> Normalizer:
+    """g(f(x), sum f(x)): the sum becomes a row statistic of the normaliser."""
+    mapping: dict[Expr, Expr] = {}
+    for leaf in rest.leaves:
+        marker = markers.get(leaf)
+        if marker is not None:
+            if marker.kind != "sum" or marker.of is not node:
+                raise Decline(f"a row {marker.kind} enters the weights", marker.node)
+            mapping[leaf] = E.stat("sum")
+    return Normalizer(node.op, False, row_free_function(node, markers), rest.replace(mapping))
+
+
+def row_free_function(node: Expr, markers: Mapping[Expr, Marker]) -> Expr:
+    """The logits of a function that is not shift-invariant: no shift may be dropped."""
+    logits = node.args[0]
+    left = [leaf for leaf in logits.leaves if leaf in markers]
+    if left:
+        marker = markers[left[0]]
+        raise Decline(f"a row {marker.kind} enters unnormalised weights", marker.node)
+    return logits

@@ -1,0 +1,335 @@
+"""Reader: a score or weight tensor read backwards into an `Expr`, with the layout of every operand.
+
+It follows only the nodes that a *target* (the raw scores, or a softmax) reaches; everything else is
+an operand, taken whole. Row reductions met on the way (row sums, row maxima, log-sum-exp) become
+markers that `attnopt.passes.recognize.normalizers` gives a meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.passes.normalize import is_tensor, op_name
+from attnopt.passes.recognize.axes import (
+    Axis,
+    Layout,
+    broadcast,
+    length,
+    product,
+    resolve,
+    same_length,
+    settle,
+    shape_of,
+)
+from attnopt.passes.recognize.contraction import reduced_dims
+from attnopt.passes.recognize.heads import HeadMix, head_mix
+from attnopt.passes.recognize.layout import back
+from attnopt.passes.recognize.pointwise import apply, is_cast, is_pointwise
+from attnopt.passes.recognize.program import REDUCTIONS, Program
+from attnopt.rules import Decline
+
+Terminal = Callable[[fx.Node, Layout], Expr]
+
+
+@dataclass
+class Loaded:
+    """An operand of a site: the tensor, its layout, and what it is used for."""
+
+    node: fx.Node
+    layout: Layout
+    role: str
+    dtype: str
+
+
+@dataclass
+class Marker:
+    """A reduction over the keys: `kind` is a member of REDUCTIONS, `of` what is reduced."""
+
+    kind: str
+    of: Expr
+    node: fx.Node
+
+
+@dataclass
+class Reader:
+    """Reads one tensor. `terminals` are the targets, and what each of them reads as.
+
+    of_weights: what is read lies behind the normaliser, where dropout may be and one index of a
+                leading axis may be selected (`fixed` then says which)
+    """
+
+    program: Program
+    keys: frozenset[Axis]
+    terminals: dict[fx.Node, Terminal]
+    of_weights: bool = False
+    operands: dict[str, Loaded] = field(default_factory=dict)
+    markers: dict[Expr, Marker] = field(default_factory=dict)
+    interior: list[fx.Node] = field(default_factory=list)
+    #: floating types computed in on the way, and dropout probabilities met
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    dropout: float = 0.0
+    detached: bool = False
+    fixed: dict[Axis, int] = field(default_factory=dict)
+    _memo: dict[tuple[fx.Node, Layout], Expr] = field(default_factory=dict)
+
+    # -- reading ----------------------------------------------------------------------------
+    def read(self, node: Any, layout: Layout) -> Expr:
+        """The Expr of `node`, whose dimensions are `layout`."""
+        if not isinstance(node, fx.Node):
+            if isinstance(node, (bool, int, float)):
+                return E.const(node)
+            raise Decline(f"an argument {node!r} is not understood")
+        if not is_tensor(node):
+            return self.symbolic(node)
+        layout = settle(layout)
+        known = self._memo.get((node, layout))
+        if known is not None:
+            return known
+        try:
+            found = self._read(node, layout)
+        except Decline as no:
+            raise no.at(node) from None
+        self._memo[node, layout] = found
+        return found
+
+    def on_path(self, node: fx.Node) -> bool:
+        return node in self.terminals or not self.program.sources[node].isdisjoint(self.terminals)
+
+    def _read(self, node: fx.Node, layout: Layout) -> Expr:
+        terminal = self.terminals.get(node)
+        if terminal is not None:
+            self.interior.append(node)
+            return terminal(node, layout)
+        if not self.on_path(node):
+            return self.operand(node, layout)
+        if node.meta.get("attnopt_opaque"):
+            raise Decline("the tensor is written in place through memory that may be shared", node)
+        self.interior.append(node)
+        self.dtypes.add(node.meta["val"].dtype)
+        name = op_name(node)
+        if name == "dropout":
+            return self._dropout(node, layout)
+        if is_cast(node):
+            return self.read(node.args[0], layout)
+        step = back(node, layout)
+        if step is not None:
+            return self.read(*step)
+        if name == "slice" and _is_whole(list(node.args[2:]), layout[node.args[1]]):  # type: ignore
+            return self.read(node.args[0], layout)
+        if name in ("tril", "triu"):
+            return self._triangle(node, layout)
+        if name == "index_put":
+            return self._masked_assignment(node, layout)
+        if name == "select" and self.of_weights:
+            return self._select(node, layout)
+        if name in ("select_scatter", "slice_scatter"):
+            return self._scatter(node, layout)
+        if name in ("fill", "copy"):
+            return self.read(node.args[1], broadcast(layout, _shape(node.args[1])))
+        if name in REDUCTIONS and not _is_binary(node):
+            return self._reduction(node, layout)
+        if name == "getitem" and op_name(node.args[0]) == "max":  # type: ignore[arg-type]
+            return self._reduction(node.args[0], layout)  # type: ignore[arg-type]
+        if name == "detach":
+            found = self.read(node.args[0], layout)
+            if found not in self.markers:
+                self.detached = True
+            return found
+        if _is_binary(node) and name in ("max", "min"):
+            both = [self.argument(a, layout) for a in node.args]
+            return E.call("maximum" if name == "max" else "minimum", *both)
+        mix = head_mix(node)
+        if mix is not None:
+            return self._mix(mix, layout)
+        if is_pointwise(node):
+            args = [self.argument(a, layout) for a in node.args]
+            kwargs = {k: self.argument(v, layout) for k, v in node.kwargs.items()
+                      if k not in ("rounding_mode", "alpha", "value")}
+            kwargs |= {k: v for k, v in node.kwargs.items()
+                       if k in ("rounding_mode", "alpha", "value")}
+            return apply(node, args, kwargs)
+        raise Decline(f"{name} between the scores and the weights is not pointwise", node)
+
+    def argument(self, arg: Any, layout: Layout) -> Any:
+        if is_tensor(arg):
+            return self.read(arg, broadcast(layout, _shape(arg)))
+        if isinstance(arg, (bool, int, float)):
+            return E.const(arg)
+        if isinstance(arg, fx.Node):
+            return self.symbolic(arg)
+        if arg is None or isinstance(arg, (str, torch.dtype)):
+            return arg
+        raise Decline(f"an argument {arg!r} is not understood")
+
+    def symbolic(self, node: fx.Node) -> Expr:
+        """A symbolic number: the number of keys is one that a Spec can name."""
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and same_length(length(value), product(self.keys)):
+            return E.size("k")
+        raise Decline("a symbolic number enters the scores", node)
+
+    # -- operands ---------------------------------------------------------------------------
+    def operand(self, node: fx.Node, layout: Layout, role: str = "") -> Expr:
+        """Take `node` whole, as an operand, or as a number where it is one."""
+        number = self.program.constant(node)
+        if number is not None:
+            return E.const(number)
+        dtype = node.meta["val"].dtype
+        kind = E.BOOL if dtype == torch.bool else (
+            E.FLOAT if dtype.is_floating_point else E.INT)
+        if dtype.is_complex:
+            raise Decline("a complex operand enters the scores", node)
+        if node.meta.get("attnopt_opaque"):
+            raise Decline("an operand is written in place through memory that may be shared", node)
+        role = role or ("mask" if kind == E.BOOL else "bias")
+        for slot, loaded in self.operands.items():
+            if loaded.node is node and settle(loaded.layout) == layout:
+                return E.load(slot, dtype=kind)
+        slot = f"{role}{len(self.operands)}"
+        self.operands[slot] = Loaded(node, layout, role, kind)
+        return E.load(slot, dtype=kind)
+
+    # -- operations that are not pointwise ---------------------------------------------------
+    def _dropout(self, node: fx.Node, layout: Layout) -> Expr:
+        _, p, train = node.args
+        if train and p:
+            if not self.of_weights:
+                raise Decline("dropout on the scores", node)
+            self.dropout = float(p)  # type: ignore[arg-type]
+        return self.read(node.args[0], layout)
+
+    def _triangle(self, node: fx.Node, layout: Layout) -> Expr:
+        diagonal = node.args[1] if len(node.args) > 1 else 0
+        inner = self.read(node.args[0], layout)
+        self.need_square(layout, node)
+        if not isinstance(diagonal, int):
+            raise Decline("a triangle with a symbolic diagonal", node)
+        q, k = E.index("q"), E.index("k")
+        keep = k <= q + diagonal if op_name(node) == "tril" else k >= q + diagonal
+        return E.where(keep, inner, 0.0)
+
+    def need_square(self, layout: Layout, node: fx.Node) -> None:
+        """The last two dimensions must be the queries and all the keys."""
+        if frozenset(resolve(layout[-1])) != self.keys:
+            raise Decline("a triangle over other axes than queries and keys", node)
+        self.square_rows = layout[-2]
+
+    square_rows: tuple[Axis, ...] | None = None
+
+    def _scatter(self, node: fx.Node, layout: Layout) -> Expr:
+        """x[..., i] = value or x[..., a:b] = value along the keys, value the same for all."""
+        base, source, dim, *where = node.args
+        assert isinstance(source, fx.Node) and isinstance(dim, int)
+        if op_name(node) == "slice_scatter" and _is_whole(where, layout[dim]):
+            return self.read(source, layout)
+        if frozenset(resolve(layout[dim])) != self.keys or len(self.keys) != 1:
+            raise Decline("an assignment along another axis than the keys", node)
+        size = layout[dim][0].size
+        fixed = isinstance(size, int) or all(isinstance(w, int) and w >= 0 for w in where)
+        number = self.program.constant(source)
+        if number is None and op_name(source) in ("fill", "copy"):
+            filler = source.args[1]
+            number = self.program.constant(filler) if isinstance(filler, fx.Node) else filler
+        if number is None or not fixed:
+            raise Decline("an assignment of a tensor into the scores", node)
+        if op_name(node) == "select_scatter":
+            start = where[0] if where[0] >= 0 else where[0] + size  # type: ignore[operator]
+            start, stop, step = start, start + 1, 1  # type: ignore[operator]
+        else:
+            bounds = slice(*(*where[:2], *(where[2:] or [1])))
+            start, stop, step = bounds.indices(size if isinstance(size, int) else 1 << 62)
+        if step != 1:
+            raise Decline("an assignment with a step into the scores", node)
+        k = E.index("k")
+        inside = (E.const(start) <= k) & (k < E.const(stop))
+        return E.where(inside, number, self.read(base, layout))
+
+    def _masked_assignment(self, node: fx.Node, layout: Layout) -> Expr:
+        """x[mask] = value, with a boolean mask over the leading dimensions of x."""
+        base, places, source, *accumulate = node.args
+        if len(places) != 1 or any(accumulate) or not is_tensor(places[0]):  # type: ignore
+            raise Decline("an indexed assignment into the scores", node)
+        mask: fx.Node = places[0]  # type: ignore[index,assignment]
+        number = self.program.constant(source)  # type: ignore[arg-type]
+        if mask.meta["val"].dtype != torch.bool or number is None:
+            raise Decline("an indexed assignment into the scores", node)
+        condition = self.read(mask, layout[: mask.meta["val"].dim()])
+        return E.where(condition, number, self.read(base, layout))
+
+    def _select(self, node: fx.Node, layout: Layout) -> Expr:
+        """weights[..., i, ...] along a leading axis: everything is read at i there."""
+        source, dim, number = node.args
+        size = _shape(source)[dim]  # type: ignore[index]
+        rank = len(layout) + 1
+        if not isinstance(number, int) or not isinstance(size, int):
+            raise Decline("a selection by a symbolic number", node)
+        axis = Axis(size)
+        self.fixed[axis] = number % size
+        at = dim % rank  # type: ignore[operator]
+        return self.read(source, (*layout[:at], (axis,), *layout[at:]))
+
+    def _reduction(self, node: fx.Node, layout: Layout) -> Expr:
+        dims, keep = reduced_dims(node)
+        source = node.args[0]
+        rank = len(_shape(source))
+        if op_name(node) == "max" and len(node.args) == 1:
+            raise Decline("a maximum over all rows at once", node)
+        rows = iter(layout)
+        inner: list[tuple[Axis, ...]] = []
+        for i in range(rank):
+            if i in dims:
+                if keep:
+                    next(rows)
+                inner.append(())
+            else:
+                inner.append(next(rows))
+        if len(dims) != 1:
+            raise Decline("a reduction over several dimensions", node)
+        dim = next(iter(dims))
+        ordered = tuple(sorted(self.keys, key=lambda a: self.key_order.get(a, 0)))
+        inner[dim] = ordered
+        of = self.read(source, tuple(inner))
+        self.interior.append(node)
+        for known, reduced in self.markers.items():
+            if reduced.kind == op_name(node) and reduced.of is of:
+                return known
+        marker = E.load(f"__reduced{len(self.markers)}")
+        self.markers[marker] = Marker(op_name(node), of, node)
+        return marker
+
+    def _mix(self, mix: HeadMix, layout: Layout) -> Expr:
+        """A mixing of heads: a marker, whose inside `mixes` keeps, as it is not pointwise."""
+        matrix = mix.matrix
+        axes = settle(layout)[mix.dim]
+        if len(axes) != 1 or axes[0] in self.keys:
+            raise Decline("a product along another axis than the heads", matrix)
+        inner = self.read(mix.source, layout)
+        marker = E.load(f"__mixed{len(self.mixes)}")
+        self.mixes[marker] = (inner, mix)
+        return marker
+
+    mixes: dict[Expr, tuple[Expr, HeadMix]] = field(default_factory=dict)
+    key_order: dict[Axis, int] = field(default_factory=dict)
+
+
+def _is_whole(where: list[Any], axes: tuple[Axis, ...]) -> bool:
+    """x[:] = value: the slice is everything."""
+    start, stop, step = [*where, None, None, None][:3]
+    size = axes[0].size if len(axes) == 1 else None
+    all_of_it = stop is None or stop == size or (isinstance(stop, int) and stop >= 1 << 62)
+    return start in (0, None) and all_of_it and step in (1, None)
+
+
+def _shape(node: Any) -> tuple[Any, ...]:
+    return shape_of(node.meta["val"])
+
+
+def _is_binary(node: fx.Node) -> bool:
+    return len(node.args) == 2 and is_tensor(node.args[1])
