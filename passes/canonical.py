@@ -7,7 +7,7 @@ the target dimensions (*L, Q, D), (*L, K, D), (*L, K, Dv) or (*L, Q, K).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -69,29 +69,44 @@ class Canonical:
 def canonicalize(program: Program, site: Attention) -> Canonical:
     """Build the Spec of `site` and find the tensors to call it with."""
     end = program.view.author[site.end]
-    inside = {*site.interior, site.end}
+    view = program.view
+    region = end.meta.get("attnopt_region")
 
     def allowed(node: fx.Node) -> bool:
-        return program.view.readable_at(node, end)
+        return view.readable_at(node, end)
+
+    def replaces(source: fx.Node, node: fx.Node) -> bool:
+        """May `source` be read, and saved for the backward pass, in place of `node`?"""
+        if not allowed(source):
+            return False
+        owner, own = view.root_of(source), view.root_of(node)
+        later = any(at > view.position[end] for at in view.writes_to.get(owner, ()))
+        return (owner is own or not later) and all(
+            view.author[n].meta.get("attnopt_region") == region for n in _path(source, node))
 
     saved: list[str] = []
 
-    def bring(node: fx.Node, layout: Layout, name: str = "") -> tuple[fx.Node, Layout]:
-        found = strip(node, layout, allowed)
-        if name and any("repeat" in n or "expand" in n for n in _between(found[0], node)):
+    def bring(node: fx.Node, layout: Layout, name: str = "",
+              own: tuple[Axis, ...] = ()) -> tuple[fx.Node, Layout]:
+        found = strip(node, layout, lambda source: replaces(source, node))
+        if axes_of(((*resolve(own),),)) & (axes_of(layout) - axes_of(found[1])):
+            found = node, layout  # a repetition along an axis that the Spec takes from this tensor
+        if name and any(
+                word in op_name(n) for n in _path(found[0], node) for word in ("repeat", "expand")):
             saved.append(name)
         if not allowed(found[0]):
             raise Decline("an operand is overwritten in place before the site ends", found[0])
         return found
 
-    query, key = bring(*site.query), bring(*site.key, "key")
-    value = bring(*site.value, "value")
+    query = bring(*site.query, own=site.rows + site.inner)
+    key = bring(*site.key, "key", site.keys + site.inner)
+    value = bring(*site.value, "value", site.keys + site.columns)
     logits = site.logits
     if site.kind == "dot" and not site.sdpa:
-        query, logits = _absorb_factor(program, query, logits, inside, allowed)
-        key, logits = _absorb_factor(program, key, logits, inside, allowed)
+        query, logits = _absorb_factor(query, logits, replaces)
+        key, logits = _absorb_factor(key, logits, replaces)
         wanted = value[0].meta["val"].dtype
-        query, key = (_absorb_upcast(x, wanted, allowed) for x in (query, key))
+        query, key = (_absorb_upcast(x, wanted, replaces) for x in (query, key))
     loaded = {slot: replace(o) for slot, o in site.operands.items()}
     for operand in loaded.values():
         operand.node, operand.layout = bring(operand.node, operand.layout)
@@ -139,40 +154,42 @@ def _role(role: str) -> str:
     return role if role in ("mask", "bias", "sink", "score") else "other"
 
 
-def _between(start: fx.Node, end: fx.Node) -> list[str]:
-    """Names of the operations from `end` back to `start` along first arguments."""
-    names = []
+def _path(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The operations from `end` back to `start`, without it, along first arguments."""
+    found = []
     while end is not start and end.args and isinstance(end.args[0], fx.Node):
-        names.append(op_name(end))
+        found.append(end)
         end = end.args[0]
-    return names
+    return found
 
 
-def _absorb_factor(program: Program, operand: tuple[fx.Node, Layout], logits: Expr,
-                   inside: set[fx.Node], allowed: object) -> tuple[tuple[fx.Node, Layout], Expr]:
-    """q * c or q / c with a number c, used by this site alone: c joins the scale."""
+Replaces = Callable[[fx.Node, fx.Node], bool]
+
+
+def _absorb_factor(operand: tuple[fx.Node, Layout], logits: Expr,
+                   replaces: Replaces) -> tuple[tuple[fx.Node, Layout], Expr]:
+    """q * c or q / c with a number c: c joins the scale."""
     node, layout = operand
     name = op_name(node) if node.op == "call_function" else ""
     if name not in ("mul", "div") or node.kwargs or len(node.args) != 2:
         return operand, logits
     factor, source = node.args[1], node.args[0]
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) \
-            or not isinstance(source, fx.Node) or not allowed(source):  # type: ignore[operator]
+            or not isinstance(source, fx.Node) or not replaces(source, node):
         return operand, logits
     if source.meta["val"].dtype != node.meta["val"].dtype:
         return operand, logits
     scaled = E.call(name, E.score, float(factor))
-    further = strip(source, layout, allowed)  # type: ignore[arg-type]
-    return further, logits.replace({E.score: scaled})
+    return (source, layout), logits.replace({E.score: scaled})
 
 
 def _absorb_upcast(operand: tuple[fx.Node, Layout], wanted: object,
-                   allowed: object) -> tuple[fx.Node, Layout]:
+                   replaces: Replaces) -> tuple[fx.Node, Layout]:
     """q.float() before the scores: the kernel accumulates in float32 as it is."""
     node, layout = operand
     if is_cast(node) and isinstance(node.args[0], fx.Node):
         source = node.args[0]
         wider = node.meta["val"].dtype.itemsize > source.meta["val"].dtype.itemsize
-        if wider and source.meta["val"].dtype == wanted and allowed(source):  # type: ignore
-            return strip(source, layout, allowed)  # type: ignore[arg-type]
+        if wider and source.meta["val"].dtype == wanted and replaces(source, node):
+            return source, layout
     return operand

@@ -79,6 +79,11 @@ class View:
     #: last values of inputs and buffers that the program writes to
     left_behind: list[fx.Node] = field(default_factory=list)
 
+    def root_of(self, node: fx.Node) -> fx.Node:
+        """The author node that owns the memory of a view node."""
+        author = self.author[node]
+        return self.roots.get(author, author)
+
     def readable_at(self, node: fx.Node, at: fx.Node) -> bool:
         """Does the author's tensor of `node` still hold this value when author node `at` runs?"""
         if node not in self.author or node.meta.get("attnopt_opaque"):

@@ -24,7 +24,7 @@ from attnopt.passes.normalize import View, functional_view, op_name
 from attnopt.passes.options import Options
 from attnopt.passes.recognize.attention import Attention, Miss
 from attnopt.passes.recognize.axes import product, resolve
-from attnopt.passes.recognize.program import PARAMETER, Program
+from attnopt.passes.recognize.program import PARAMETER, Program, carries
 from attnopt.passes.recognize.sites import recognize
 from attnopt.passes.rules import REGISTRY
 from attnopt.passes.substitute import discard, rewire, substitute, sweep, written_later
@@ -183,7 +183,8 @@ def _only_returned(program: Program, node: fx.Node, depth: int = 8) -> bool:
     if node.op == "output":
         return True
     users = program.users(node)
-    return depth > 0 and node.op == "call_function" and bool(users) and all(
+    carried = node.op == "call_function" and (carries(node) or op_name(node) in ("mean", "stack"))
+    return depth > 0 and carried and bool(users) and all(
         _only_returned(program, u, depth - 1) for u in users)
 
 
@@ -210,7 +211,7 @@ def _first_match(rules: Sequence[Rule], region: Region, record: SiteRecord) -> M
             continue
         record.rule = rule.name
         return match
-    record.reason = record.tried[0].partition(": ")[2] if record.tried else "no rule is active"
+    record.reason = record.tried[-1].partition(": ")[2] if record.tried else "no rule is active"
     return None
 
 

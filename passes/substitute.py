@@ -55,6 +55,9 @@ def substitute(graph: fx.Graph, view: View,
         if result.meta["val"].dtype != dtype:
             result = arranger.call(aten.to.dtype, result, dtype,
                                    shape=[product(dim) for dim in settle(site.out_layout)])
+        if _needs_strides(end):
+            result = arranger.call(aten.contiguous.default, result, dtype=dtype,
+                                   shape=[product(dim) for dim in settle(site.out_layout)])
     inputs = list(dict.fromkeys(
         view.author[t.node] for c, _, _ in parts for t in c.tensors))
     return Substitution(end, inputs, arranger.emitted, result)
@@ -97,6 +100,21 @@ def _loosen_views(node: fx.Node) -> None:
             user.target = aten.reshape.default
         if _aliased(user) is node:
             _loosen_views(user)
+
+
+_BY_STRIDE = frozenset(("view_as_complex", "view_as_real", "as_strided"))
+
+
+def _needs_strides(node: fx.Node) -> bool:
+    """Does a view behind the node ask for strides, or for another dtype of the same bytes?"""
+    for user in node.users:
+        if user.op == "call_function" and user.args[:1] == (node,):
+            by_dtype = op_name(user) == "view" and isinstance(user.args[1], torch.dtype)
+            if by_dtype or op_name(user) in _BY_STRIDE:
+                return True
+            if _aliased(user) is node and _needs_strides(user):
+                return True
+    return False
 
 
 def written_later(view: View, site_end: fx.Node) -> bool:

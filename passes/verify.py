@@ -163,7 +163,7 @@ def _judge(captured: Captured, view: View, c: Candidate, env: Mapping[fx.Node, A
         return
     known = {n: env[view.author[n]] for n in c.boundary}
     _compare(c, known, original, new, lambda: oracle.symbol_value({}))
-    if c.accepted and not c.trial and _wants_gradients(captured):
+    if c.accepted and not c.trial:
         _compare_gradients(captured, c, view, known, env)
     if c.accepted:
         _draw(captured, view, c, known)
@@ -225,12 +225,8 @@ def _size(x: torch.Tensor) -> float:
 
 
 # -- gradients ---------------------------------------------------------------------------------
-def _wants_gradients(captured: Captured) -> bool:
-    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in captured.values.values())
-
-
 def _reaches_gradient(captured: Captured, node: fx.Node) -> bool:
-    """Does the node depend on a tensor that requires a gradient?"""
+    """Does the node depend on a tensor whose gradient may be asked for?"""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -239,7 +235,8 @@ def _reaches_gradient(captured: Captured, node: fx.Node) -> bool:
             continue
         seen.add(node)
         value = captured.values.get(node.name) if node.op == "placeholder" else None
-        if isinstance(value, torch.Tensor) and value.requires_grad:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and (
+                value.requires_grad or captured.origins[node.name].kind == "input"):
             return True
         stack.extend(node.all_input_nodes)
     return False

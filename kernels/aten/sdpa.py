@@ -86,6 +86,10 @@ class Plan:
             head_dim, value_dim)
 
 
+#: distance from 0 at which a row's log-sum-exp has lost digits that its weights need
+_MOST_SHIFT = 32.0
+
+
 def reasons(spec: Spec) -> list[str]:
     """Why fused attention cannot compute the Spec; empty where it can."""
     found = []
@@ -158,7 +162,9 @@ def sdpa(s: Steps, p: Plan, query: Tensor, key: Tensor, value: Tensor,
             query, key = _with_factors(p, query, key, tile)
         if p.masking is not None:
             mask = p.masking.mask(query, tile, operands, state)
-            if mask.requires_grad and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and any(
+                    t.requires_grad for t in (query, key, value, mask)) and (
+                    mask.requires_grad or state == "traced" or _has_low_row(mask)):
                 return fallback()
     shape = query.shape
     if not len(shape) == key.dim() == value.dim() == 4:
@@ -214,6 +220,14 @@ def quick(p: Plan, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
             query, key, value, mask, 0.0, p.causal, scale=p.scale)
     out = F.scaled_dot_product_attention(query, key, value, None, 0.0, p.causal, scale=p.scale)
     return None if _has_zero_row(out) and keys[2] else out
+
+
+def _has_low_row(mask: Tensor) -> bool:
+    """Does a row hold nothing but low values? The fused backward takes the weights from
+    exp(score - lse), and lse has no digits left there: a uniform row comes back as ones."""
+    if mask.dtype == torch.bool or not mask.numel():
+        return False
+    return bool(mask.detach().amax(-1).min() < -_MOST_SHIFT)
 
 
 def _learned(operands: tuple[Tensor, ...]) -> bool:

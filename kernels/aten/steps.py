@@ -156,8 +156,8 @@ def _keep(predicate: Expr, tile: Tile) -> Tensor:
 def _hide(s: Steps, tile: Tile, x: Tensor, keep: Tensor, fill: float, mode: str) -> Tensor:
     """x where keep, `fill` elsewhere; see the module docstring for mode "all"."""
     over = mode == "all" and fits_into(x.shape, keep.shape)
-    # An added -inf passes the NaN gradient of a row without a key on; a selection stops it.
-    leaks = mode == "safe" and fill == -math.inf and not s.row_kept
+    # A sum passes the gradient of a row without a key on; the author's selection stops it.
+    leaks = mode == "safe" and not s.row_kept
     if mode == "none" or leaks or not x.is_cpu or 2 * keep.numel() > x.numel() \
             or over != (mode == "all"):
         hidden = ~keep

@@ -67,7 +67,8 @@ def _peel(analysis: Analysis, canonical: Canonical, e: Expr, facts: Facts) -> Ex
             if _is_operand(term) and not _is_operand(rest):
                 found = _find(analysis, canonical, term.value, "additive", facts)
                 rest = _peel(analysis, canonical, rest, facts)
-                if found is not None and _usable(found, found.fill, canonical):
+                if found is not None and _usable(analysis, canonical, facts, found, term.value,
+                                                 found.fill, selections=0):
                     _take(found, term.value, facts)
                     return rest
                 return E.call("add", rest, term)
@@ -85,7 +86,8 @@ def _peel(analysis: Analysis, canonical: Canonical, e: Expr, facts: Facts) -> Ex
                 slot = (condition if _is_operand(condition) else condition.args[0]).value
                 role = "keep" if keeps == _is_operand(condition) else "drop"
                 found = _find(analysis, canonical, slot, role, facts)
-                if found is not None and _usable(found, fill, canonical):
+                if found is not None and _usable(analysis, canonical, facts, found, slot, fill,
+                                                 selections=1):
                     _take(found, slot, facts)
                     return inner
             return E.where(condition, inner, no) if keeps else E.where(condition, yes, inner)
@@ -151,13 +153,25 @@ def _is_operand(e: Expr) -> bool:
     return e.op == "load" and not e.args
 
 
-def _usable(found: Finding, fill: float | None, canonical: Canonical) -> bool:
-    """May the mask replace the operand without changing a number?"""
-    if not found.structural or not found.exact:
+def _usable(analysis: Analysis, canonical: Canonical, facts: Facts, found: Finding, slot: str,
+            fill: float | None, selections: int) -> bool:
+    """May the mask replace the operand without changing a number?
+
+    A finite fill may only if no row can lose all its keys, to this mask and to whatever else the
+    logits hold together: such a row would not be empty for the author. `selections` is how many
+    selections with a low fill the operand itself accounts for.
+    """
+    if not found.structural or not found.exact or found.mask is None:
         return False
-    if found.mask is ALL or fill == -math.inf:
-        return found.mask is ALL or found.rows_kept or canonical.spec.empty_row == "nan"
-    return found.rows_kept and (fill is None or fill <= LOW)
+    if found.mask is ALL:
+        return True
+    if fill == -math.inf:
+        return found.rows_kept or canonical.spec.empty_row == "nan"
+    others = [analysis.provenance(t.node).parts for s, t in canonical.operands.items() if s != slot]
+    alone = all(parts <= {"parameter", "activation"} for parts in others)
+    low = sum(_selection(n) is not None for n in canonical.spec.logits.walk())
+    return (found.rows_kept and (fill is None or fill <= LOW) and alone and low <= selections
+            and (facts.mask & found.mask).row_always_kept())
 
 
 def _take(found: Finding, slot: str, facts: Facts) -> None:

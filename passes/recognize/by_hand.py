@@ -22,7 +22,7 @@ from attnopt.passes.recognize.normalizers import by_hand
 from attnopt.passes.recognize.pointwise import is_cast
 from attnopt.passes.recognize.program import Program
 from attnopt.passes.recognize.reader import Reader
-from attnopt.passes.recognize.roles import assemble, query_and_key
+from attnopt.passes.recognize.roles import assemble, check_triangles, query_and_key
 from attnopt.passes.recognize.scores import RawScore, raw_score
 from attnopt.passes.recognize.softmaxes import computed_in, place_epilogue
 from attnopt.rules import Decline
@@ -76,6 +76,7 @@ def _finish(program: Program, second: Contraction, weights: Operand, values: Ope
     site = assemble(program, second, weights, values, raw, reader, normalizer)
     site.end, site.out_layout = end, end_layout
     site.dropout, site.detached = reader.dropout, reader.detached
+    check_triangles(site, reader)
     if end is not second.node:
         site.interior.append(second.node)
     if site.dropout and normalizer.weights is not E.weight:

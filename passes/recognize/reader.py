@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloatTrueDiv, IntTrueDiv, ToFloat
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
@@ -21,10 +23,8 @@ from attnopt.passes.recognize.axes import (
     Axis,
     Layout,
     broadcast,
-    length,
     product,
     resolve,
-    same_length,
     settle,
     shape_of,
 )
@@ -77,6 +77,8 @@ class Reader:
     dropout: float = 0.0
     detached: bool = False
     fixed: dict[Axis, int] = field(default_factory=dict)
+    #: the rows over which triangles were taken; they must turn out to be the queries
+    triangles: list[tuple[tuple[Axis, ...], fx.Node]] = field(default_factory=list)
     _memo: dict[tuple[fx.Node, Layout], Expr] = field(default_factory=dict)
 
     # -- reading ----------------------------------------------------------------------------
@@ -135,11 +137,13 @@ class Reader:
             return self.read(node.args[1], broadcast(layout, _shape(node.args[1])))
         if name in REDUCTIONS and not _is_binary(node):
             return self._reduction(node, layout)
-        if name == "getitem" and op_name(node.args[0]) == "max":  # type: ignore[arg-type]
+        if name == "getitem" and op_name(node.args[0]) == "max" \
+                and node.args[1] == 0:  # type: ignore[arg-type]
             return self._reduction(node.args[0], layout)  # type: ignore[arg-type]
         if name == "detach":
             found = self.read(node.args[0], layout)
-            if found not in self.markers:
+            marker = self.markers.get(found)
+            if marker is None or marker.kind not in ("amax", "max"):
                 self.detached = True
             return found
         if _is_binary(node) and name in ("max", "min"):
@@ -170,9 +174,16 @@ class Reader:
 
     def symbolic(self, node: fx.Node) -> Expr:
         """A symbolic number: the number of keys is one that a Spec can name."""
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and same_length(length(value), product(self.keys)):
-            return E.size("k")
+        value, keys = node.meta.get("val"), product(self.keys)
+        if isinstance(value, torch.SymInt | torch.SymFloat) and not isinstance(keys, int):
+            plain = _without_casts(value.node.expr)
+            for op, factor in (("mul", sympy.cancel(plain / keys)),
+                               ("div", sympy.cancel(plain * keys))):
+                if factor.is_number:
+                    whole = factor.is_Integer and isinstance(value, torch.SymInt)
+                    number = E.const(int(factor) if whole else float(factor))
+                    pair = (E.size("k"), number) if op == "mul" else (number, E.size("k"))
+                    return E.call(op, *pair)
         raise Decline("a symbolic number enters the scores", node)
 
     # -- operands ---------------------------------------------------------------------------
@@ -219,9 +230,7 @@ class Reader:
         """The last two dimensions must be the queries and all the keys."""
         if frozenset(resolve(layout[-1])) != self.keys:
             raise Decline("a triangle over other axes than queries and keys", node)
-        self.square_rows = layout[-2]
-
-    square_rows: tuple[Axis, ...] | None = None
+        self.triangles.append((layout[-2], node))
 
     def _scatter(self, node: fx.Node, layout: Layout) -> Expr:
         """x[..., i] = value or x[..., a:b] = value along the keys, value the same for all."""
@@ -317,6 +326,12 @@ class Reader:
 
     mixes: dict[Expr, tuple[Expr, HeadMix]] = field(default_factory=dict)
     key_order: dict[Axis, int] = field(default_factory=dict)
+
+
+def _without_casts(e: sympy.Expr) -> sympy.Expr:
+    """A symbolic number as torch has it, with true divisions and no conversions to float."""
+    e = e.replace(ToFloat, lambda a: a)
+    return e.replace(IntTrueDiv, lambda a, b: a / b).replace(FloatTrueDiv, lambda a, b: a / b)
 
 
 def _is_whole(where: list[Any], axes: tuple[Axis, ...]) -> bool:

@@ -107,3 +107,11 @@ def _rows(raw: RawScore, p_axes: list[Axis], query: frozenset[Axis], fixed: froz
                        for a in dim):
             return dim
     return ()
+
+
+def check_triangles(site: Attention, *readers: Reader) -> None:
+    """A tril or triu on the way must be over the query rows, whose index it reads as `q`."""
+    for reader in readers:
+        for rows, node in reader.triangles:
+            if resolve(rows) != resolve(site.rows):
+                raise Decline("a triangle over other axes than queries and keys", node)

@@ -40,6 +40,8 @@ def recognize(program: Program) -> tuple[list[Attention], list[Miss]]:
         mix = head_mix(node)
         second = contraction(node)
         if second is not None and (mix is None or program.on_input(mix.matrix)):
+            if any(program.users(n) != [node] for n in second.inner):
+                continue  # the product is read as well: no contraction
             _try_contraction(program, second, found, reasons, reassociable)
     taken = {a.anchor for a in found}
     for site in found:
@@ -65,6 +67,9 @@ def _try_contraction(program: Program, second: Contraction, found: list[Attentio
         if not norms and not scores:
             continue
         try:
+            if second.addend is not None or second.alpha != 1:
+                raise Decline("the contraction with the values adds to or scales its result",
+                              second.node)
             sites = (read_softmaxes(program, second, weights, values, norms) if norms
                      else [read_by_hand(program, second, weights, values)])
         except Decline as no:

@@ -23,7 +23,7 @@ from attnopt.passes.recognize.logits import read_logits
 from attnopt.passes.recognize.normalizers import Normalizer
 from attnopt.passes.recognize.program import Program
 from attnopt.passes.recognize.reader import Marker, Reader
-from attnopt.passes.recognize.roles import assemble, resolve_set
+from attnopt.passes.recognize.roles import assemble, check_triangles, resolve_set
 from attnopt.passes.recognize.sinks import Sink, sink_slice
 from attnopt.rules import Decline
 
@@ -95,6 +95,9 @@ def softmax_site(program: Program, second: Contraction, weights: Operand, values
     here = axes_of(at)
     site.fixed = {a: i for axis, i in reader.fixed.items() for a in resolve((axis,)) if a in here}
     site.detached = reader.detached or logits_reader.detached
+    if any(n.op == "log" and n.args[0].op == "weight" for n in expression.walk()):
+        raise Decline("the logarithm of the weights is used itself", anchor)
+    check_triangles(site, reader, logits_reader)
     if site.dropout and expression is not E.weight:
         raise Decline("weights are edited around a dropout", anchor)
     place_epilogue(site, expression)

@@ -3,8 +3,8 @@
 A fused call has a fixed price (its checks, its own set-up) that a few small matrix products do not
 have. Measured on a CPU, one thread, float32, head_dim 64, against the authors' compositions: below
 some 32,000 scores the composition is as fast or faster (0.75 to 0.95), above it the fused call wins
-(1.1 at 131,000 scores, 2.1 to 2.3 at 2 million). In bfloat16 and float16, whose pointwise operations
-are slow on a CPU, it wins at every size that was measured.
+(1.1 at 131,000 scores, 2.1 to 2.3 at 2 million). In bfloat16 and float16, whose pointwise
+operations are slow on a CPU, it wins at every size that was measured.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def _cells(row: sweep.Row) -> tuple[str, ...]:
 
 def _cause(reason: str) -> str:
     """A reason without its module path and node, so that the layers of a model are one."""
-    return re.sub(r" \(\w+(?:, ([^)]+))?\)", r" (\1)", reason.partition(": ")[2])
+    text = re.sub(r" \(\w+, ([^)]+)\)$", r" (\1)", reason.partition(": ")[2])
+    return re.sub(r" \(\w+\)$", "", text)
 
 
 def _remarks(row: sweep.Row) -> list[str]:

@@ -303,6 +303,27 @@ def empty_zero_sdpa(self, q, k, v, lengths):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
 
+def strictly_before(q, k):
+    return torch.arange(k.size(-2))[None, :] < torch.arange(q.size(-2))[:, None]
+
+
+def before_where(self, q, k, v):
+    return attend(torch.where(strictly_before(q, k), scored(q, k), -math.inf), v)
+
+
+def before_filled(self, q, k, v):
+    return attend(scored(q, k).masked_fill(~strictly_before(q, k), -math.inf), v)
+
+
+def before_least(self, q, k, v):
+    return attend(scored(q, k).masked_fill(~strictly_before(q, k), -1e9), v)
+
+
+def before_least_where(self, q, k, v):
+    least = torch.finfo(q.dtype).min
+    return attend(torch.where(strictly_before(q, k), scored(q, k), least), v)
+
+
 def query_lower(self, q, k, v):
     return attend(scored(q, k).masked_fill(~lower(q, k), -math.inf), v)
 
@@ -387,6 +408,9 @@ ALL_KEEP = [
     _mask("all keep: user's input", all_keep_input, by_sdpa_keys, QKV + ", mask: ones b s"),
 ]
 EMPTY_ROWS = [
+    # The first row is NaN; its gradients are not, as where and masked_fill pass none on.
+    _mask("strictly before, -inf", before_where, before_filled),
+    _mask("strictly before, least", before_least, before_least_where),
     _mask("empty rows are NaN", empty_nan, empty_nan_where, QKV + ", lengths: count b",
           sizes={"s": 3}, moving=MOVING.replace("s", "")),
     _mask("empty rows are uniform", empty_uniform, empty_uniform_where,
