@@ -22,6 +22,7 @@ from attnopt.ir.spec import leading_axes
 from attnopt.passes.analyze.provenance import Analysis, Finding
 from attnopt.passes.canonical import Canonical
 from attnopt.passes.recognize.axes import length, product, resolve, settle
+from attnopt.rules import Decline
 
 #: A finite fill this low underflows to a weight of zero beside any kept key.
 LOW = -1e8
@@ -49,6 +50,8 @@ def analyze(analysis: Analysis, canonical: Canonical) -> tuple[Canonical, Facts]
         return canonical, facts
     logits = _peel(analysis, canonical, canonical.spec.logits, facts)
     logits, empty_row = _selections(analysis, canonical, logits, facts)
+    if not canonical.site.normalizer.robust:
+        _demand_keys(analysis, canonical, logits, empty_row)
     for slot in sorted(set(canonical.operands) - set(facts.words)):
         _describe(analysis, canonical, slot, facts)
     if logits is canonical.spec.logits and facts.mask is canonical.spec.mask:
@@ -113,6 +116,14 @@ def _selections(analysis: Analysis, canonical: Canonical, e: Expr,
         facts.mask = facts.mask & Where(keep)
         return e, "uniform"
     return _infinite(e, facts), empty
+
+
+def _demand_keys(analysis: Analysis, canonical: Canonical, logits: Expr, empty_row: str) -> None:
+    """Decline where a finite fill may leave a row without a key: see Normalizer.robust."""
+    low = any((found := _selection(n)) is not None and found[1] > -math.inf for n in logits.walk())
+    if low or empty_row == "uniform" or not _finite(analysis, canonical, logits):
+        raise Decline("a softmax written without subtracting the row maximum differs in rows "
+                      "whose keys are all filled with a low number", canonical.site.anchor)
 
 
 def _selection(e: Expr) -> tuple[Expr, float, Expr] | None:

@@ -25,10 +25,14 @@ FUNCTIONS = ("exp", "sigmoid", "relu", "softplus")
 
 @dataclass
 class Normalizer:
+    """robust: a row of nothing but one low number is uniform, as softmax itself makes it. Written
+    by hand without subtracting the maximum it is not: exp underflows, or lse swallows log n."""
+
     name: str
     l1: bool
     logits: Expr
     weights: Expr
+    robust: bool = True
 
 
 def contains_score(e: Expr) -> bool:
@@ -86,13 +90,15 @@ def _as_softmax(e: Expr, markers: Mapping[Expr, Marker]) -> Normalizer | None:
         x, shift = e.args[0].args
         marker = markers.get(shift)
         if marker is not None and marker.kind == "logsumexp" and marker.of is x:
-            return Normalizer("softmax", False, row_free(x, markers), E.weight)
+            return Normalizer("softmax", False, row_free(x, markers), E.weight, robust=False)
     if e.op == "div":
         top, bottom = e.args
         marker = markers.get(bottom)
         if marker is not None and marker.kind == "sum" and marker.of is top:
             if top.op == "exp":
-                return Normalizer("softmax", False, row_free(top.args[0], markers), E.weight)
+                logits = row_free(top.args[0], markers)
+                return Normalizer("softmax", False, logits, E.weight,
+                                  robust=logits is not top.args[0])
             if not any(n.op in FUNCTIONS for n in top.walk()):
                 return Normalizer("identity", True, row_free(top, markers), E.weight)
             if top.op in FUNCTIONS:
@@ -104,7 +110,7 @@ def _wrapped(e: Expr, site: Expr, inner: Normalizer, markers: Mapping[Expr, Mark
     rest = e.replace({site: E.weight})
     if contains_score(rest) or any(leaf in markers for leaf in rest.leaves):
         raise Decline("the scores are used beside their softmax")
-    return Normalizer(inner.name, inner.l1, inner.logits, rest)
+    return Normalizer(inner.name, inner.l1, inner.logits, rest, inner.robust)
 
 
 def _with_sum(node: Expr, rest: Expr, markers: Mapping[Expr, Marker]) -> Normalizer:

@@ -119,6 +119,16 @@ def _unmixed(e: Expr, reader: Reader) -> tuple[Expr, HeadMix | None]:
         inner, mix = reader.mixes[e]
         if not any(leaf in reader.mixes for leaf in inner.leaves):
             return inner, mix
+    if e.op == "add":
+        for result, term in (e.args, e.args[::-1]):
+            slot = term.value if term.op == "load" and not term.args else ""
+            if result in reader.mixes and slot in reader.operands:  # a bias per head, added after
+                inner, mix = reader.mixes[result]
+                loaded = reader.operands[slot]
+                if mix.bias is None and axes_of(loaded.layout).isdisjoint(reader.keys) \
+                        and len(axes_of(loaded.layout)) == 1:
+                    del reader.operands[slot]
+                    return inner, replace(mix, bias=loaded.node)
     mixed = [leaf for leaf in e.leaves if leaf in reader.mixes]
     if mixed:
         raise Decline("something happens between the mixing of heads and the normaliser",
