@@ -195,7 +195,7 @@ def _region(captured: Captured, program: Program, canonical: Canonical, facts: F
     lengths = tuple(product(resolve(dim)) for dim in canonical.result[:-1])
     lengths += (product(resolve(site.keys)), product(resolve(site.inner)),
                 product(resolve(site.columns)))
-    training = any(op_name(n) in ("dropout", "batch_norm") and n.args[-1 if op_name(n) == "dropout"
+    training = captured.training or any(op_name(n) in ("dropout", "batch_norm") and n.args[-1 if op_name(n) == "dropout"
                    else 5] is True for n in captured.graph.nodes if n.op == "call_function")
     operand_grad = any(PARAMETER in program.depends[t.node] for t in canonical.operands.values())
     return Region(canonical.spec, "sdpa" if site.sdpa else "composition", gained, lengths,

@@ -62,6 +62,7 @@ class Captured:
     front_end: "export" or "dynamo".
     model_name: class name of the model.
     notes: sentences for the report.
+    training: whether any module was in training mode; Dynamo graphs do not tell.
     """
 
     graph_module: fx.GraphModule
@@ -74,6 +75,7 @@ class Captured:
     front_end: Literal["export", "dynamo"] = "export"
     model_name: str = ""
     notes: tuple[str, ...] = ()
+    training: bool = False
 
     @property
     def graph(self) -> fx.Graph:

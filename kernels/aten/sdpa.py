@@ -164,7 +164,8 @@ def sdpa(s: Steps, p: Plan, query: Tensor, key: Tensor, value: Tensor,
             mask = p.masking.mask(query, tile, operands, state)
             if torch.is_grad_enabled() and any(
                     t.requires_grad for t in (query, key, value, mask)) and (
-                    mask.requires_grad or state == "traced" or _has_low_row(mask)):
+                    mask.requires_grad or (p.masking.uniform if state == "traced"
+                                           else _has_low_row(mask))):
                 return fallback()
     shape = query.shape
     if not len(shape) == key.dim() == value.dim() == 4:

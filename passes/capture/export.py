@@ -200,7 +200,8 @@ def _traced(model: nn.Module, program: torch.export.ExportedProgram, leaves: lis
     captured = Captured(
         graph_module=module, origins=origins, values=values, in_spec=program.call_spec.in_spec,
         out_spec=program.call_spec.out_spec, symbols=sizes.symbols, conditions=sizes.conditions,
-        front_end="export", model_name=type(model).__name__)
+        front_end="export", model_name=type(model).__name__,
+        training=any(m.training for m in model.modules()))
     guards = _read_constants(state) if watch.reads_values else ()
     return Traced(captured, state, sizes, guards, watch.without_grad, watch.with_grad,
                   watch.reads_flags)
