@@ -195,11 +195,18 @@ def _region(captured: Captured, program: Program, canonical: Canonical, facts: F
     lengths = tuple(product(resolve(dim)) for dim in canonical.result[:-1])
     lengths += (product(resolve(site.keys)), product(resolve(site.inner)),
                 product(resolve(site.columns)))
-    training = captured.training or any(op_name(n) in ("dropout", "batch_norm") and n.args[-1 if op_name(n) == "dropout"
-                   else 5] is True for n in captured.graph.nodes if n.op == "call_function")
     operand_grad = any(PARAMETER in program.depends[t.node] for t in canonical.operands.values())
     return Region(canonical.spec, "sdpa" if site.sdpa else "composition", gained, lengths,
-                  tuple(v.dtype for v in values), values[2].device.type, training, operand_grad)
+                  tuple(v.dtype for v in values), values[2].device.type, _in_training(captured),
+                  operand_grad)
+
+
+def _in_training(captured: Captured) -> bool:
+    """By the modules' flags, or, where they are not known, by an active dropout or batch norm."""
+    flags = {"dropout": 2, "batch_norm": 5}
+    return captured.training or any(
+        n.args[flags[op_name(n)]] is True for n in captured.graph.nodes
+        if n.op == "call_function" and op_name(n) in flags)
 
 
 def _first_match(rules: Sequence[Rule], region: Region, record: SiteRecord) -> Match | None:
