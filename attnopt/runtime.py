@@ -70,6 +70,8 @@ class Runtime:
         self._reader = CallReader(self.own_forward)
         self.dynamic_structure = dynamic_structure
         self._seen: Counter[Any] = Counter()
+        #: looks of calls that nothing was rewritten for -> number of variants at that time
+        self._idle: dict[Any, int] = {}
         self._refused: dict[Any, str] = {}
         self._graph_by_graph: dict[Any, bool] = {}
         self._compiled: Callable[..., Any] | None = None
@@ -115,6 +117,10 @@ class Runtime:
         if why is not None:
             self.calls[why] += 1
             return self.own_forward(*args, **kwargs)
+        look = _at_a_glance(self.model, args, kwargs)
+        if self._idle.get(look) == len(self.variants):
+            self.calls[NOTHING] += 1
+            return self.own_forward(*args, **kwargs)
         call = self._reader.read(args, kwargs)
         if call is None:  # the model's own TypeError
             return self.own_forward(*args, **kwargs)
@@ -122,6 +128,8 @@ class Runtime:
             values = variant.match(call)
             if not isinstance(values, str):
                 if not variant.useful:
+                    if len(self._idle) < _MAX_SEEN:
+                        self._idle[look] = len(self.variants)
                     self.calls[NOTHING] += 1
                     return self.own_forward(*args, **kwargs)
                 self.calls[HITS] += 1
@@ -296,6 +304,14 @@ class Runtime:
         if not _useful(rewritten):
             return None
         return with_direct_calls(rewritten.graph_module), tuple(rewritten.guards)
+
+
+def _at_a_glance(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call looks like without looking into it. Calls that look alike and fell to a variant
+    with nothing rewritten go to the user's forward at once: that is right for any call."""
+    return (model.training, torch.is_grad_enabled(), tuple(kwargs), tuple(
+        [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else type(x)
+         for x in (*args, *kwargs.values())]))
 
 
 def _useful(rewritten: pipeline.Rewritten) -> bool:
