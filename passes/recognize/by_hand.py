@@ -117,10 +117,6 @@ def _late_division(program: Program, second: Contraction,
         at = (at[0].args[0], at[1]) if is_cast(at[0]) else back(*at)  # type: ignore[assignment]
     if at is None:
         return None
-    for own, given in zip(second.out_layout, at[1], strict=True):
-        if len(own) == 1:
-            own[0].become(given)
-        elif given:
-            return None
+    second.meet(at[1])
     divisor = broadcast(settle(layout), shape_of(bottom.meta["val"]))  # type: ignore[union-attr]
     return user, settle(layout), reader.read(bottom, divisor)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnopt.passes.normalize import View, is_tensor, op_name
+from attnopt.passes.normalize import View, op_name
 from attnopt.passes.recognize.heads import head_mix
 from attnopt.passes.recognize.layout import LAYOUT_OPS
 from attnopt.passes.recognize.pointwise import is_cast, is_pointwise
@@ -126,7 +126,3 @@ class Program:
 def carries(node: fx.Node) -> bool:
     """Does a score or weight keep its identity through this operation?"""
     return is_pointwise(node) or is_cast(node) or op_name(node) in _CARRIERS
-
-
-def tensors(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if is_tensor(n)]

@@ -25,6 +25,7 @@ from attnopt.passes.recognize.axes import (
     broadcast,
     product,
     resolve,
+    same_length,
     settle,
     shape_of,
 )
@@ -123,7 +124,7 @@ class Reader:
         step = back(node, layout)
         if step is not None:
             return self.read(*step)
-        if name == "slice" and _is_whole(list(node.args[2:]), layout[node.args[1]]):  # type: ignore
+        if name == "slice" and _same_along(node, node.args[0], node.args[1]):
             return self.read(node.args[0], layout)
         if name in ("tril", "triu"):
             return self._triangle(node, layout)
@@ -236,7 +237,7 @@ class Reader:
         """x[..., i] = value or x[..., a:b] = value along the keys, value the same for all."""
         base, source, dim, *where = node.args
         assert isinstance(source, fx.Node) and isinstance(dim, int)
-        if op_name(node) == "slice_scatter" and _is_whole(where, layout[dim]):
+        if op_name(node) == "slice_scatter" and _same_along(base, source, dim):
             return self.read(source, layout)
         if frozenset(resolve(layout[dim])) != self.keys or len(self.keys) != 1:
             raise Decline("an assignment along another axis than the keys", node)
@@ -334,12 +335,9 @@ def _without_casts(e: sympy.Expr) -> sympy.Expr:
     return e.replace(IntTrueDiv, lambda a, b: a / b).replace(FloatTrueDiv, lambda a, b: a / b)
 
 
-def _is_whole(where: list[Any], axes: tuple[Axis, ...]) -> bool:
-    """x[:] = value: the slice is everything."""
-    start, stop, step = [*where, None, None, None][:3]
-    size = axes[0].size if len(axes) == 1 else None
-    all_of_it = stop is None or stop == size or (isinstance(stop, int) and stop >= 1 << 62)
-    return start in (0, None) and all_of_it and step in (1, None)
+def _same_along(a: Any, b: Any, dim: Any) -> bool:
+    """Is a slice along `dim` the whole of what it is cut from? x[:] and x[:] = value are."""
+    return same_length(_shape(a)[dim], _shape(b)[dim])
 
 
 def _shape(node: Any) -> tuple[Any, ...]:

@@ -13,10 +13,10 @@ class RowBlocks(Rule):
     recognizes = "any pointwise logits and weights (softcap, sinks, sigmoid …) at inference"
 
     def match(self, region: Region) -> Match:
-        if region.training:
-            raise Decline("in training the composition is what its gradient needs")
         if region.authored == "sdpa":
             raise Decline("the author's own fused call, nothing to add")
+        if region.training:
+            raise Decline("in training the composition is what its gradient needs")
         reasons = kernels.reasons(region.spec, "aten:blocks", dtypes=region.dtypes)
         if reasons:
             raise Decline(reasons[0])
