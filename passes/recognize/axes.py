@@ -53,6 +53,15 @@ class Axis:
 Layout = tuple[tuple[Axis, ...], ...]
 
 
+def meet(own: Layout, given: Layout) -> None:
+    """Identify the axes of a result, one a dimension, with those that others already use."""
+    for mine, theirs in zip(own, given, strict=True):
+        if len(mine) == 1:
+            mine[0].become(theirs)
+        elif theirs:
+            raise Decline("a broadcast dimension meets an axis")
+
+
 def length(size: Any) -> Any:
     """An int, or the sympy expression of a symbolic size."""
     if isinstance(size, torch.SymInt):

@@ -12,6 +12,7 @@ from attnopt.passes.recognize.axes import (
     Layout,
     broadcast,
     fresh,
+    meet,
     settle,
     shape_of,
 )
@@ -31,7 +32,7 @@ Operand = tuple[fx.Node, Layout]
 
 
 def read_by_hand(program: Program, second: Contraction, weights: Operand,
-             values: Operand) -> Attention:
+                 values: Operand) -> Attention:
     """No softmax on the way: a normaliser written out, or another function, or none."""
     keys = second.contracted
     order = {a: i for i, a in enumerate(x for dim in weights[1] for x in dim)}
@@ -44,7 +45,7 @@ def read_by_hand(program: Program, second: Contraction, weights: Operand,
         reader = Reader(program, keys, {}, of_weights=True, key_order=order)
 
         def scores(at: fx.Node, where: Layout, raw: RawScore = raw) -> Expr:
-            raw.meet(where)
+            meet(raw.layout, where)
             e = E.score if not raw.root else E.call("sqrt", E.score)
             return e * raw.alpha if raw.alpha != 1 else e
 
@@ -61,7 +62,7 @@ def read_by_hand(program: Program, second: Contraction, weights: Operand,
 
 
 def _finish(program: Program, second: Contraction, weights: Operand, values: Operand,
-                    raw: RawScore, reader: Reader, e: Expr) -> Attention:
+            raw: RawScore, reader: Reader, e: Expr) -> Attention:
     end, end_layout = second.node, second.out_layout
     late = _late_division(program, second, reader)
     if late is not None:
@@ -117,6 +118,6 @@ def _late_division(program: Program, second: Contraction,
         at = (at[0].args[0], at[1]) if is_cast(at[0]) else back(*at)  # type: ignore[assignment]
     if at is None:
         return None
-    second.meet(at[1])
+    meet(second.out_layout, at[1])
     divisor = broadcast(settle(layout), shape_of(bottom.meta["val"]))  # type: ignore[union-attr]
     return user, settle(layout), reader.read(bottom, divisor)

@@ -24,7 +24,6 @@ from attnopt.passes.recognize.axes import (
     length,
     settle,
 )
-from attnopt.rules import Decline
 
 aten = torch.ops.aten
 
@@ -49,15 +48,6 @@ class Contraction:
     def contracted(self) -> frozenset[Axis]:
         both = axes_of(self.left_layout) & axes_of(self.right_layout)
         return both - axes_of(self.out_layout)
-
-    def meet(self, layout: Layout) -> Contraction:
-        """Identify the result's axes with those of `layout`, which others already use."""
-        for own, given in zip(self.out_layout, layout, strict=True):
-            if len(own) == 1:
-                own[0].become(given)
-            elif given:
-                raise Decline("a broadcast dimension meets an axis", self.node)
-        return self
 
     def sides(self) -> tuple[tuple[fx.Node, Layout], tuple[fx.Node, Layout]]:
         return (self.left, settle(self.left_layout)), (self.right, settle(self.right_layout))

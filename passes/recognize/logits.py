@@ -11,6 +11,7 @@ from attnopt.passes.recognize.axes import (
     Layout,
     axes_of,
     broadcast,
+    meet,
     resolve,
     settle,
     shape_of,
@@ -60,7 +61,7 @@ def _logits_over(program: Program, node: fx.Node, layout: Layout, outer: Reader,
                     operands=dict(outer.operands))
 
     def scores(at: fx.Node, where: Layout) -> Expr:
-        raw.meet(where)
+        meet(raw.layout, where)
         e = E.score if not raw.root else E.call("sqrt", E.score)
         if raw.alpha != 1:
             e = e * raw.alpha

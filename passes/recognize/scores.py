@@ -14,7 +14,6 @@ from attnopt.passes.normalize import is_tensor, op_name
 from attnopt.passes.recognize.axes import Axis, Layout, axes_of, broadcast, fresh, settle, shape_of
 from attnopt.passes.recognize.contraction import Contraction, contraction, reduced_dims
 from attnopt.passes.recognize.pointwise import is_cast
-from attnopt.rules import Decline
 
 Operand = tuple[fx.Node, Layout]
 
@@ -34,13 +33,6 @@ class RawScore:
     root: bool = False
     vector: Operand | None = None
     inner: list[fx.Node] = field(default_factory=list)
-
-    def meet(self, layout: Layout) -> None:
-        for own, given in zip(self.layout, layout, strict=True):
-            if len(own) == 1:
-                own[0].become(given)
-            elif given:
-                raise Decline("a broadcast dimension meets an axis", self.node)
 
     @property
     def contracted(self) -> frozenset[Axis]:

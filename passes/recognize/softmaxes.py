@@ -64,8 +64,8 @@ def read_softmaxes(program: Program, second: Contraction, weights: Operand, valu
 
 
 def softmax_site(program: Program, second: Contraction, weights: Operand, values: Operand,
-          reader: Reader, anchor: fx.Node, at: Layout, expression: Expr,
-          sink: Sink | None = None) -> Attention:
+                 reader: Reader, anchor: fx.Node, at: Layout, expression: Expr,
+                 sink: Sink | None = None) -> Attention:
     """An attention around the softmax `anchor`, whose result has the layout `at`."""
     keys = reader.keys
     at = settle(at)
