@@ -138,26 +138,48 @@ def broadcast(layout: Layout, shape: Sequence[Any]) -> Layout:
 def reshape(layout: Layout, shape: Sequence[Any]) -> Layout:
     """The layout that a tensor of `shape` has if a reshape of it has `layout`."""
     atoms = list(itertools.chain.from_iterable(settle(layout)))
-    found: list[tuple[Axis, ...]] = []
-    for raw in shape:
-        wanted, taken, have = length(raw), [], 1
-        while not same_length(have, wanted):
-            if not atoms:
-                raise Decline("a reshape drops an axis")
-            rest = quotient(wanted, have)
-            atom = atoms.pop(0)
-            if rest is not None and quotient(rest, atom.size) is not None:
-                taken.append(atom)
-            else:
-                major = None if rest is None else quotient(atom.size, rest)
-                if major is None:
-                    raise Decline(f"a reshape cuts an axis of length {atom.size} at {wanted}")
-                left, right = Axis(rest), Axis(major)
-                atom.become((left, right))
-                taken.append(left)
-                atoms.insert(0, right)
-            have = product(taken)
-        found.append(tuple(taken))
+    sizes = [length(s) for s in shape]
+    if any(atom.size == 0 for atom in atoms):
+        return _reshape_empty(atoms, sizes)
+    found = [_take(atoms, wanted) for wanted in sizes]
     if atoms:
         raise Decline("a reshape adds an axis")
     return tuple(found)
+
+
+def _take(atoms: list[Axis], wanted: Any, *, backwards: bool = False) -> tuple[Axis, ...]:
+    """Take axes of `wanted` elements off the front of `atoms`, or off the back."""
+    taken: list[Axis] = []
+    have: Any = 1
+    while not same_length(have, wanted):
+        if not atoms:
+            raise Decline("a reshape drops an axis")
+        rest = quotient(wanted, have)
+        atom = atoms.pop(-1 if backwards else 0)
+        if rest is None or quotient(rest, atom.size) is None:
+            beyond = None if rest is None else quotient(atom.size, rest)
+            if beyond is None:
+                raise Decline(f"a reshape cuts an axis of length {atom.size} at {wanted}")
+            near, far = Axis(rest), Axis(beyond)
+            atom.become((far, near) if backwards else (near, far))
+            atoms.insert(len(atoms) if backwards else 0, far)
+            atom = near
+        taken.append(atom)
+        have = product(taken)
+    return tuple(reversed(taken) if backwards else taken)
+
+
+def _reshape_empty(atoms: list[Axis], sizes: list[Any]) -> Layout:
+    """`reshape` where one axis has no element, as an empty batch has none.
+
+    Dimensions before the empty one are matched from the left and those behind it from the right,
+    as for any other length of that axis; the empty one takes what is left.
+    """
+    if sizes.count(0) != 1 or [a.size for a in atoms].count(0) != 1:
+        raise Decline("a reshape of several empty axes")
+    at = sizes.index(0)
+    before = [_take(atoms, wanted) for wanted in sizes[:at]]
+    behind = [_take(atoms, wanted, backwards=True) for wanted in reversed(sizes[at + 1:])]
+    if not same_length(product(atoms), 0):
+        raise Decline("a reshape moves an empty axis")
+    return (*before, tuple(atoms), *reversed(behind))

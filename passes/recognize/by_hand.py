@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from attnopt.ir import expr as E
@@ -13,6 +15,7 @@ from attnopt.passes.recognize.axes import (
     broadcast,
     fresh,
     meet,
+    resolve,
     settle,
     shape_of,
 )
@@ -25,7 +28,12 @@ from attnopt.passes.recognize.program import Program
 from attnopt.passes.recognize.reader import Reader
 from attnopt.passes.recognize.roles import assemble, check_triangles, query_and_key
 from attnopt.passes.recognize.scores import RawScore, raw_score
-from attnopt.passes.recognize.softmaxes import computed_in, place_epilogue
+from attnopt.passes.recognize.softmaxes import (
+    computed_in,
+    place_epilogue,
+    selected,
+    unmixed,
+)
 from attnopt.rules import Decline
 
 Operand = tuple[fx.Node, Layout]
@@ -66,9 +74,16 @@ def _finish(program: Program, second: Contraction, weights: Operand, values: Ope
     end, end_layout = second.node, second.out_layout
     late = _late_division(program, second, reader)
     if late is not None:
+        if any(a.size == 0 for a in resolve(second.contracted)):
+            raise Decline("a division by the sum over no keys", second.node)
         end, end_layout, divisor = late
         e = E.call("div", e, divisor)
+    e, mixed_weights = reader.mixes.get(e, (e, None))
     normalizer = by_hand(e, reader.markers)
+    logits, mixed_logits = unmixed(normalizer.logits, reader)
+    normalizer = replace(normalizer, logits=logits)
+    if any(leaf in reader.mixes for leaf in normalizer.weights.leaves):
+        raise Decline("heads are mixed beside the normaliser", second.node)
     if normalizer.name != "softmax":
         for operand in (raw.left[0], raw.right[0], values[0]):
             if not program.on_input(operand):
@@ -76,6 +91,8 @@ def _finish(program: Program, second: Contraction, weights: Operand, values: Ope
     reader.interior += raw.inner
     site = assemble(program, second, weights, values, raw, reader, normalizer)
     site.end, site.out_layout = end, end_layout
+    site.mix_logits, site.mix_weights = mixed_logits, mixed_weights
+    site.fixed = selected(reader)
     site.dropout, site.detached = reader.dropout, reader.detached
     check_triangles(site, reader)
     if end is not second.node:

@@ -12,10 +12,10 @@ from attnopt.passes.recognize.axes import (
     axes_of,
     broadcast,
     meet,
-    resolve,
     settle,
     shape_of,
 )
+from attnopt.passes.recognize.key_logits import key_logits, varies_with_feature
 from attnopt.passes.recognize.normalizers import row_free
 from attnopt.passes.recognize.program import SOFTMAX, Program
 from attnopt.passes.recognize.reader import Reader
@@ -84,11 +84,11 @@ def _logits_over(program: Program, node: fx.Node, layout: Layout, outer: Reader,
 def _key_only(program: Program, node: fx.Node, layout: Layout, outer: Reader,
               values: Operand) -> tuple[None, Reader, Expr]:
     """Logits that depend on the key alone: one number per key, no query row in them."""
-    for source in sorted(program.sources[node], key=program.order.__getitem__):
+    for source, path in key_logits(program, node):
         if op_name(source) in SOFTMAX or not program.on_input(source):
             continue
         reader = Reader(program, outer.keys, {}, key_order=outer.key_order,
-                        operands=dict(outer.operands))
+                        operands=dict(outer.operands), path=path)
         spot: list[Layout] = []
 
         def whole(at: fx.Node, where: Layout, reader: Reader = reader,
@@ -101,11 +101,11 @@ def _key_only(program: Program, node: fx.Node, layout: Layout, outer: Reader,
             e = row_free(reader.read(node, layout), reader.markers)
         except Decline:
             continue
-        have = axes_of(spot[0])
-        allowed = axes_of(values[1]) | resolve_set(outer.keys)
-        feature = op_name(source) == "linear" and have & frozenset(resolve(
-            spot[0][-1])) & resolve_set(outer.keys)
-        if have <= allowed and resolve_set(outer.keys) <= have and not feature:
+        if not spot:
+            continue
+        have, keys = axes_of(spot[0]), resolve_set(outer.keys)
+        allowed = axes_of(values[1]) | keys
+        if have <= allowed and keys <= have and not varies_with_feature(source, spot[0], keys):
             outer.operands.update(reader.operands)
             return None, reader, e
     raise Decline("the scores are not a contraction of queries with keys", node)

@@ -7,17 +7,18 @@ Given the weights as an Expr of the score and of row reductions, find the normal
     f(x) / sum f(x)                          f with `l1`, f one of sigmoid, relu, softplus, exp
     g(f(x))                                  f alone, g the epilogue on the weights
 
-A shift that is constant along the keys and finite (the row maximum) leaves softmax as it is.
+A shift that is constant along the keys (a maximum, of the row or of more) leaves softmax as it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.passes.recognize.reader import Marker
+from attnopt.passes.recognize.reader import MAXIMA, Marker
 from attnopt.rules import Decline
 
 FUNCTIONS = ("exp", "sigmoid", "relu", "softplus")
@@ -40,14 +41,59 @@ def contains_score(e: Expr) -> bool:
 
 
 def drop_shift(e: Expr, markers: Mapping[Expr, Marker]) -> Expr:
-    """`a - max(a)` is `a` to softmax; nested shifts too. Other shifts are left alone."""
-    if e.op == "sub":
-        a, shift = e.args
-        marker = markers.get(shift)
-        if marker is not None and marker.kind in ("amax", "max") \
-                and drop_shift(marker.of, markers) is drop_shift(a, markers):
-            return drop_shift(a, markers)
+    """`a - c * max(a)` is `a` to softmax, times or divided by a number as well; nested too.
+
+    The maximum must be of `a` itself, or of a positive multiple of it: then a row in which it is
+    not finite is NaN with the shift and without. Other shifts are left alone.
+    """
+    if e.op in ("sub", "add"):
+        for a, shift, sign in ((*e.args, 1), (*e.args[::-1], 1 if e.op == "add" else -1)):
+            marker = markers.get(_core(shift, signed=False))
+            if marker is None or marker.kind not in MAXIMA:
+                continue
+            bare = drop_shift(a, markers)
+            if _core(drop_shift(marker.of, markers)) is _core(bare):
+                return bare if sign == 1 else E.call("mul", bare, -1.0)
+    elif _scaled(e) is not None:
+        a = _multiplied(e)
+        bare = drop_shift(a, markers)
+        if bare is not a:
+            if bare.op == "div" and e.op == "mul" and bare.args[1] is _scaled(e):
+                return bare.args[0]  # scores / c before the shift, times c after it
+            return e.replace({a: bare})
     return e
+
+
+def _scaled(e: Expr) -> Expr | None:
+    """The number that `e` is multiplied with or divided by, if that is what it is."""
+    factors = e.args[::-1] if e.op == "mul" else e.args[1:] if e.op == "div" else ()
+    for factor in factors:
+        if factor.op == "const" and factor.value and math.isfinite(factor.value):
+            return factor
+    return None
+
+
+def _multiplied(e: Expr) -> Expr:
+    return e.args[1] if e.args[0] is _scaled(e) else e.args[0]
+
+
+def _core(e: Expr, *, signed: bool = True) -> Expr:
+    """`e` without the numbers that it is multiplied with; only positive ones if `signed`."""
+    while (factor := _scaled(e)) is not None and (factor.value > 0 or not signed):
+        e = _multiplied(e)
+    return e
+
+
+def _largest_is_zero(e: Expr, markers: Mapping[Expr, Marker]) -> bool:
+    """Is `e` x - max(x), row by row, or that times a positive number?"""
+    factor = _scaled(e)
+    if factor is not None:
+        return factor.value > 0 and _largest_is_zero(_multiplied(e), markers)
+    if e.op != "sub":
+        return False
+    marker = markers.get(e.args[1])
+    return marker is not None and marker.kind in ("amax", "max") and (
+        drop_shift(marker.of, markers) is drop_shift(e.args[0], markers))
 
 
 def row_free(e: Expr, markers: Mapping[Expr, Marker]) -> Expr:
@@ -56,7 +102,8 @@ def row_free(e: Expr, markers: Mapping[Expr, Marker]) -> Expr:
     left = [leaf for leaf in e.leaves if leaf in markers]
     if left:
         marker = markers[left[0]]
-        raise Decline(f"a row {marker.kind} enters the logits", marker.node)
+        what = "maximum over several rows" if marker.kind == "peak" else f"row {marker.kind}"
+        raise Decline(f"a {what} enters the logits", marker.node)
     return e
 
 
@@ -98,7 +145,7 @@ def _as_softmax(e: Expr, markers: Mapping[Expr, Marker]) -> Normalizer | None:
             if top.op == "exp":
                 logits = row_free(top.args[0], markers)
                 return Normalizer("softmax", False, logits, E.weight,
-                                  robust=logits is not top.args[0])
+                                  robust=_largest_is_zero(top.args[0], markers))
             if not any(n.op in FUNCTIONS for n in top.walk()):
                 return Normalizer("identity", True, row_free(top, markers), E.weight)
             if top.op in FUNCTIONS:

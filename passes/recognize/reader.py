@@ -37,6 +37,8 @@ from attnopt.passes.recognize.program import REDUCTIONS, Program
 from attnopt.rules import Decline
 
 Terminal = Callable[[fx.Node, Layout], Expr]
+#: kinds of markers that are a maximum
+MAXIMA = ("amax", "max", "peak")
 
 
 @dataclass
@@ -51,7 +53,10 @@ class Loaded:
 
 @dataclass
 class Marker:
-    """A reduction over the keys: `kind` is a member of REDUCTIONS, `of` what is reduced."""
+    """A reduction over the keys: `kind` is a member of REDUCTIONS, `of` what is reduced.
+
+    "peak" is a maximum over the keys and other dimensions as well.
+    """
 
     kind: str
     of: Expr
@@ -62,8 +67,8 @@ class Marker:
 class Reader:
     """Reads one tensor. `terminals` are the targets, and what each of them reads as.
 
-    of_weights: what is read lies behind the normaliser, where dropout may be and one index of a
-                leading axis may be selected (`fixed` then says which)
+    of_weights: what is read lies behind the normaliser, where dropout may be
+    fixed: axes of which one index was selected on the way, and which
     """
 
     program: Program
@@ -103,6 +108,8 @@ class Reader:
         return found
 
     def on_path(self, node: fx.Node) -> bool:
+        if self.path is not None:
+            return node in self.path
         return node in self.terminals or not self.program.sources[node].isdisjoint(self.terminals)
 
     def _read(self, node: fx.Node, layout: Layout) -> Expr:
@@ -130,7 +137,7 @@ class Reader:
             return self._triangle(node, layout)
         if name == "index_put":
             return self._masked_assignment(node, layout)
-        if name == "select" and self.of_weights:
+        if name in ("select", "slice"):
             return self._select(node, layout)
         if name in ("select_scatter", "slice_scatter"):
             return self._scatter(node, layout)
@@ -144,7 +151,7 @@ class Reader:
         if name == "detach":
             found = self.read(node.args[0], layout)
             marker = self.markers.get(found)
-            if marker is None or marker.kind not in ("amax", "max"):
+            if marker is None or marker.kind not in MAXIMA:
                 self.detached = True
             return found
         if _is_binary(node) and name in ("max", "min"):
@@ -274,23 +281,30 @@ class Reader:
         return E.where(condition, number, self.read(base, layout))
 
     def _select(self, node: fx.Node, layout: Layout) -> Expr:
-        """weights[..., i, ...] along a leading axis: everything is read at i there."""
-        source, dim, number = node.args
-        size = _shape(source)[dim]  # type: ignore[index]
-        rank = len(layout) + 1
-        if not isinstance(number, int) or not isinstance(size, int):
+        """x[..., i, ...] or x[..., i:i + 1, ...] along another axis than the keys: everything is
+        read at i there."""
+        source, dim, number, *more = node.args
+        assert isinstance(source, fx.Node) and isinstance(dim, int)
+        shape = _shape(source)
+        at, kept = dim % len(shape), int(op_name(node) == "slice")
+        size = shape[at]
+        if kept and _shape(node)[at] != 1 or more[1:] not in ([], [1]):
+            raise Decline("slice between the scores and the weights is not pointwise", node)
+        number = number or 0
+        if not isinstance(number, int) or not isinstance(size, int) and number < 0:
             raise Decline("a selection by a symbolic number", node)
-        axis = Axis(size)
-        self.fixed[axis] = number % size
-        at = dim % rank  # type: ignore[operator]
-        return self.read(source, (*layout[:at], (axis,), *layout[at:]))
+        if size != 1:
+            axis = Axis(size)
+            self.fixed[axis] = number + size if number < 0 else number
+            return self.read(source, (*layout[:at], (axis,), *layout[at + kept:]))
+        return self.read(source, (*layout[:at], (), *layout[at + kept:]))
 
     def _reduction(self, node: fx.Node, layout: Layout) -> Expr:
         dims, keep = reduced_dims(node)
         source = node.args[0]
         rank = len(_shape(source))
-        if op_name(node) == "max" and len(node.args) == 1:
-            raise Decline("a maximum over all rows at once", node)
+        if len(dims) != 1 and op_name(node) in ("amax", "max"):
+            return self._peak(node, dims)
         rows = iter(layout)
         inner: list[tuple[Axis, ...]] = []
         for i in range(rank):
@@ -314,12 +328,27 @@ class Reader:
         self.markers[marker] = Marker(op_name(node), of, node)
         return marker
 
+    def _peak(self, node: fx.Node, dims: frozenset[int]) -> Expr:
+        """A maximum over the keys and other dimensions; its layout says nothing of theirs, so
+        what it is taken of must have been read."""
+        for (known, layout), of in self._memo.items():
+            if known is node.args[0]:
+                reduced = {a for i in dims for a in resolve(layout[i])}
+                if reduced.issuperset(resolve(self.keys)):
+                    self.interior.append(node)
+                    marker = E.load(f"__reduced{len(self.markers)}")
+                    self.markers[marker] = Marker("peak", of, node)
+                    return marker
+        raise Decline("a maximum over all rows at once", node)
+
     def _mix(self, mix: HeadMix, layout: Layout) -> Expr:
         """A mixing of heads: a marker, whose inside `mixes` keeps, as it is not pointwise."""
         matrix = mix.matrix
         axes = settle(layout)[mix.dim]
         if len(axes) != 1 or axes[0] in self.keys:
             raise Decline("a product along another axis than the heads", matrix)
+        if axes[0] in resolve(self.fixed):
+            raise Decline("one head is selected of those that are mixed", matrix)
         inner = self.read(mix.source, layout)
         marker = E.load(f"__mixed{len(self.mixes)}")
         self.mixes[marker] = (inner, mix)
@@ -327,6 +356,8 @@ class Reader:
 
     mixes: dict[Expr, tuple[Expr, HeadMix]] = field(default_factory=dict)
     key_order: dict[Axis, int] = field(default_factory=dict)
+    #: the nodes to read through; by default those that a target reaches
+    path: frozenset[fx.Node] | None = None
 
 
 def _without_casts(e: sympy.Expr) -> sympy.Expr:

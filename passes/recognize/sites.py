@@ -45,7 +45,7 @@ def recognize(program: Program) -> tuple[list[Attention], list[Miss]]:
             _try_contraction(program, second, found, reasons, reassociable)
     taken = {a.anchor for a in found}
     for site in found:
-        site.escapes = _escapes(program, site)
+        site.escapes = _escapes(program, site, _scoring(program, found, site))
     for node in program.nodes:
         if op_name(node) in SOFTMAX and node in program.live and node.op == "call_function" \
                 and node not in taken and node not in reasons and "log" not in op_name(node):
@@ -93,14 +93,29 @@ def _is_linear(site: Attention) -> bool:
     return site.logits.op in ("score", "mul", "div") and bool(site.keys) and bool(site.rows)
 
 
-def _escapes(program: Program, site: Attention) -> list[fx.Node]:
-    """Live users of the site's inside that are not part of it, nor read by it alone."""
+def _scoring(program: Program, found: list[Attention], site: Attention) -> set[fx.Node]:
+    """Nodes that make the scores of the other attentions, up to their softmax."""
+    return {node for other in found if other is not site and op_name(other.anchor) in SOFTMAX
+            for node in other.interior if program.order[node] <= program.order[other.anchor]}
+
+
+def _escapes(program: Program, site: Attention, scoring: set[fx.Node]) -> list[fx.Node]:
+    """Live users of the site's inside that are not part of it, nor read by it alone.
+
+    Scores, not weights, may also be those of another attention (`scoring`): each computes its own.
+    """
     inside = {*site.interior, site.end}
     loaded = {o.node for o in site.operands.values()}
+    first: set[fx.Node] = set()
     found: list[fx.Node] = []
-    pending = [u for node in site.interior if node is not site.end for u in program.users(node)]
-    for user in sorted(set(pending) - inside, key=program.order.__getitem__):
-        if not _only_feeds(program, user, inside, loaded):
+    for node in site.interior:
+        if node is not site.end:
+            first.update(u for u in program.users(node) if u not in inside)
+    softmax = program.order[site.anchor] if op_name(site.anchor) in SOFTMAX else -1
+    for user in sorted(first, key=program.order.__getitem__):
+        early = all(program.order[n] < softmax for n in user.all_input_nodes if n in inside)
+        own = inside | (scoring - loaded) if early else inside
+        if not _only_feeds(program, user, own, loaded):
             found.append(user)
     return found
 

@@ -12,6 +12,7 @@ from attnopt.ir.expr import Expr
 from attnopt.passes.normalize import op_name
 from attnopt.passes.recognize.attention import Attention
 from attnopt.passes.recognize.axes import (
+    Axis,
     Layout,
     axes_of,
     resolve,
@@ -74,7 +75,7 @@ def softmax_site(program: Program, second: Contraction, weights: Operand, values
     own = sink.keys if sink is not None else keys
     if frozenset(resolve(at[dim])) != resolve_set(own):
         raise Decline("the softmax runs over other axes than the contraction", anchor)
-    expression, mixed = _unmixed(expression, reader)
+    expression, mixed = unmixed(expression, reader)
     expression, renormalize = _renormalized(expression, reader.markers)
     if any(leaf in reader.markers for leaf in expression.leaves):
         raise Decline("a row reduction enters the weights", anchor)
@@ -82,7 +83,7 @@ def softmax_site(program: Program, second: Contraction, weights: Operand, values
     precise = anchor.args[2] if len(anchor.args) > 2 else anchor.kwargs.get("dtype")
     raw, logits_reader, logits = read_logits(program, anchor.args[0], at, reader, values,  # type: ignore
                                          sink)
-    logits, mixed_logits = _unmixed(logits, logits_reader)
+    logits, mixed_logits = unmixed(logits, logits_reader)
     site = assemble(program, second, weights, values, raw, logits_reader,
                      Normalizer("softmax", False, logits, E.weight))
     site.anchor = anchor
@@ -92,8 +93,7 @@ def softmax_site(program: Program, second: Contraction, weights: Operand, values
         site.sinks = sink.logit
         site.operands["sink"] = sink.operand
     site.renormalize, site.dropout = renormalize, reader.dropout
-    here = axes_of(at)
-    site.fixed = {a: i for axis, i in reader.fixed.items() for a in resolve((axis,)) if a in here}
+    site.fixed = selected(reader, axes_of(at)) | selected(logits_reader)
     site.detached = reader.detached or logits_reader.detached
     if any(n.op == "log" and n.args[0].op == "weight" for n in expression.walk()):
         raise Decline("the logarithm of the weights is used itself", anchor)
@@ -107,13 +107,26 @@ def softmax_site(program: Program, second: Contraction, weights: Operand, values
     return site
 
 
+def selected(reader: Reader, among: frozenset[Axis] | None = None) -> dict[Axis, int]:
+    """The axes, as fine as they are known now, that `reader` met a selection along."""
+    found: dict[Axis, int] = {}
+    for axis, number in reader.fixed.items():
+        first, *minor = resolve((axis,))
+        for part in reversed(minor):
+            if number and not isinstance(part.size, int):
+                raise Decline("a selection along an axis that is split at an unknown length")
+            number, found[part] = divmod(number, part.size) if number else (0, 0)
+        found[first] = number
+    return {a: i for a, i in found.items() if among is None or a in among}
+
+
 def computed_in(dtypes: set[torch.dtype], result: torch.dtype) -> str | None:
     """The wider type that the author's softmax used, if any."""
     wider = [d for d in dtypes if d.is_floating_point and d.itemsize > result.itemsize]
     return str(max(wider, key=lambda d: d.itemsize)).removeprefix("torch.") if wider else None
 
 
-def _unmixed(e: Expr, reader: Reader) -> tuple[Expr, HeadMix | None]:
+def unmixed(e: Expr, reader: Reader) -> tuple[Expr, HeadMix | None]:
     """`e` before its heads were mixed, and by what."""
     if e in reader.mixes:
         inner, mix = reader.mixes[e]

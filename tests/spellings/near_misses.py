@@ -353,6 +353,80 @@ def top_keys_only(self, q, k, v):
     return scores.masked_fill(scores < least, -torch.inf).softmax(-1) @ v
 
 
+# -- shifts that do not drop out, scores shared with something else -------------------------------
+def shifted_along_queries(self, q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+def shifted_by_least(self, q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    return (scores + (-scores).amax(-1, keepdim=True)).softmax(-1) @ v
+
+
+def shifted_sigmoid(self, q, k, v):
+    scores = (q @ k.transpose(-2, -1) * SCALE) / 32
+    return ((scores - scores.amax(-1, keepdim=True)) * 32).sigmoid() @ v
+
+
+def shifted_then_clamped(self, q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    return (scores - scores.max()).clamp(min=-1.0).softmax(-1) @ v
+
+
+def shifted_then_tripled(self, q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    return torch.softmax((scores - scores.amax(-1, keepdim=True)) ** 3, -1) @ v
+
+
+def scores_classified(self, q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    return scores.softmax(-1) @ v, -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+
+
+def scores_shared_and_measured(self, q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    other = (scores + 1.0).transpose(-2, -1).softmax(-1)
+    return scores.softmax(-1) @ v, other @ q, other.topk(2, dim=-1).values.prod()
+
+
+def row_of_triangle(self, q, k, v):
+    return (q @ k.transpose(-2, -1) * SCALE).tril().softmax(-1)[:, :, 3:4] @ v
+
+
+def rows_with_a_step(self, q, k, v):
+    return (q @ k.transpose(-2, -1) * SCALE)[:, :, ::20].softmax(-1) @ v
+
+
+def row_beside_rows(self, q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    return (scores - scores[:, :, :1]).softmax(-1) @ v
+
+
+def with_mixer(self, sizes):
+    self.mixer = nn.Parameter(torch.randn(sizes["h"], sizes["h"]))
+
+
+def head_of_mixed(self, q, k, v):
+    return torch.einsum("gh,bhqk->bgqk", self.mixer, weights_of(q, k))[:, 1] @ v[:, 1]
+
+
+def with_branches(self, sizes):
+    self.gate = nn.Conv1d(sizes["c"], 4 + sizes["c"], 1)
+    self.branches = nn.Conv1d(sizes["c"], 4 * sizes["c"], 1)
+
+
+def router_of_convolution(self, x):
+    gate, shared = self.gate(x).split([4, x.size(1)], dim=1)
+    branches = self.branches(x).unflatten(1, (4, -1))
+    return (gate.softmax(1).unsqueeze(2) * branches).sum(1) + shared
+
+
+def soft_argmax_of_convolution(self, x):
+    heat = self.gate(x)[:, :4].softmax(-1)
+    return (heat * torch.arange(x.size(-1), dtype=x.dtype)).sum(-1)
+
+
 ROUTERS = [
     NearMiss("router, top k", router_top_k, "x: b s c", with_router),
     NearMiss("router, dense", router_dense, "x: b s c", with_router),
@@ -421,4 +495,20 @@ TRAPS = [
     NearMiss("weights over a threshold", thresholded, expect="any"),
     NearMiss("top keys only", top_keys_only, expect="any"),
 ]
-NEAR_MISSES = ROUTERS + AXES + CHAINS + TRAPS
+SHIFTS = [
+    NearMiss("shifted along queries", shifted_along_queries),
+    NearMiss("shifted by the least", shifted_by_least),
+    NearMiss("shifted sigmoid", shifted_sigmoid),
+    NearMiss("shifted, then clamped", shifted_then_clamped),
+    NearMiss("shifted, then cubed", shifted_then_tripled),
+    NearMiss("scores classified", scores_classified, expect="unrewritten"),
+    NearMiss("scores shared and measured", scores_shared_and_measured, expect="any"),
+    NearMiss("row of a triangle", row_of_triangle),
+    NearMiss("rows with a step", rows_with_a_step),
+    NearMiss("a row beside all rows", row_beside_rows, expect="any"),
+    NearMiss("head of mixed heads", head_of_mixed, setup=with_mixer),
+    NearMiss("router of a convolution", router_of_convolution, "x: b c s", with_branches),
+    NearMiss("soft argmax of a convolution", soft_argmax_of_convolution, "x: b c s",
+             with_branches),
+]
+NEAR_MISSES = ROUTERS + AXES + CHAINS + TRAPS + SHIFTS

@@ -22,9 +22,10 @@ from tests.spellings.mask_spellings import MASKS
 from tests.spellings.normaliser_spellings import NORMALISERS
 from tests.spellings.program import Spelling, build, draw, dynamic_shapes
 from tests.spellings.score_spellings import SCORES
+from tests.spellings.shift_spellings import SHIFTED
 
 ROWS = TABLE + SDPA_ROWS
-WIDER = MASKS + SCORES + NORMALISERS
+WIDER = MASKS + SCORES + NORMALISERS + SHIFTED
 
 
 @dataclass(frozen=True)
