@@ -46,14 +46,25 @@ def _parser() -> argparse.ArgumentParser:
     env.add_argument("--json", action="store_true", help="as JSON")
     env.set_defaults(run=_env)
 
+    cache = commands.add_parser("cache", help="where generated kernels are kept, and how many")
+    cache.add_argument("--clear", action="store_true", help="remove them")
+    cache.add_argument("--json", action="store_true", help="as JSON")
+    cache.set_defaults(run=_cache)
+
     bench = commands.add_parser("bench", help="measure attnopt on this machine")
     bench.add_argument("--suite", choices=list(SUITES), action="append",
                        help="one of the suites; may be given again; default: all of them")
     bench.add_argument("--json", metavar="FILE", help="also write the results to this file")
     bench.add_argument("--repeats", type=_positive, metavar="N",
                        help="rounds per measurement; default: each suite's own")
-    bench.add_argument("--compile", action="store_true",
-                       help="measure torch.compile as well (suite spellings)")
+    bench.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                       help="measure what torch.compile makes as well; default: each suite's own")
+    bench.add_argument("--quick", action="store_true", default=None,
+                       help="short sequences and few rounds (suites cpu, gpu)")
+    bench.add_argument("--case", action="append", metavar="PATTERN",
+                       help="only rows of such a name (suites cpu, gpu); may be given again")
+    bench.add_argument("--budget", type=_positive, metavar="SECONDS",
+                       help="begin no row after that time (suite gpu)")
     bench.set_defaults(run=_bench)
     return parser
 
@@ -72,7 +83,7 @@ def _env(options: argparse.Namespace) -> int:
 
 
 def _env_lines(found: dict[str, Any]) -> list[str]:
-    cpu = found["cpu"]
+    cpu, compiler, cache = found["cpu"], found["compiler"], found["cache"]
     pairs = {name: version or "not installed" for name, version in found["versions"].items()}
     pairs |= {
         "platform": found["platform"],
@@ -80,6 +91,9 @@ def _env_lines(found: dict[str, Any]) -> list[str]:
                f"{cpu['threads']} torch threads)",
         "cuda": found["cuda"] or "torch without CUDA",
         "accelerators": ", ".join(found["accelerators"]) or "none",
+        "compiler": compiler["why_not"] or f"{compiler['version']} ({compiler['command']})",
+        "vectors": f"{compiler['isa']} ({compiler['lanes']} fp32 lanes)",
+        "cache": f"{cache['folder']} ({_count(cache)})" + _refused(cache),
     }
     for name, value in found["settings"].items():
         pairs[name] = value or f"not set ({environment.SETTINGS[name]})"
@@ -87,13 +101,46 @@ def _env_lines(found: dict[str, Any]) -> list[str]:
     return [f"{name:{wide}}  {value}" for name, value in pairs.items()]
 
 
+def _cache(options: argparse.Namespace) -> int:
+    if options.clear:
+        from attnopt.kernels import cache
+
+        files, size = cache.clear()
+    found = environment.cache()
+    if options.clear:
+        found["removed"] = {"files": files, "bytes": size}
+    print(json.dumps(found, indent=1) if options.json else "\n".join(_cache_lines(found)))
+    return 0
+
+
+def _cache_lines(found: dict[str, Any]) -> list[str]:
+    lines = [found["folder"] + _refused(found)]
+    if "removed" in found:
+        lines.append(f"removed {_count(found['removed'])}")
+    lines += [f"{kind:8} {_count(content)}" for kind, content in found["kinds"].items()]
+    return lines if found["kinds"] else [*lines, "empty"]
+
+
+def _count(content: dict[str, Any]) -> str:
+    files, size = content["files"], content["bytes"]
+    amount = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+    return f"{files} file{'' if files == 1 else 's'}, {amount}"
+
+
+def _refused(cache: dict[str, Any]) -> str:
+    why = cache["refused"]
+    return f"; temporary, because the folder that is wanted is refused: {why}" if why else ""
+
+
 def _bench(options: argparse.Namespace) -> int:
     from attnopt import optimize
     from attnopt.bench import run, save
 
     results = run(optimize, options.suite or list(SUITES), repeats=options.repeats,
-                  compiled=options.compile, say=lambda line: print(line, flush=True))
-    path = save(results, options.json)
+                  compiled=options.compile, quick=options.quick, cases=options.case,
+                  budget=options.budget, say=lambda line: print(line, flush=True))
+    partial = options.quick or options.case
+    path = save(results, options.json) if options.json or not partial else None
     if path is not None:
         print(f"written: {path}", file=sys.stderr)
     return 0

@@ -51,6 +51,40 @@ def accelerators() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+def compiler() -> dict[str, Any]:
+    """What compiles generated C++: its version, the vector instructions, or why there is none."""
+    from attnopt.kernels.cpp.toolchain import isa, toolchain
+
+    tool = toolchain()
+    return {
+        "command": " ".join(tool.command),
+        "version": tool.version,
+        "isa": isa().label,
+        "lanes": isa().width,
+        "openmp": tool.runtime,
+        "why_not": tool.why_not(),
+    }
+
+
+def cache() -> dict[str, Any]:
+    """The cache of generated kernels: folder, why it is refused if it is, files and bytes."""
+    from attnopt.kernels import cache
+
+    refused = cache.refusal()
+    kinds: dict[str, dict[str, int]] = {}
+    for entry in cache.entries():
+        kind = kinds.setdefault(entry.kind, {"files": 0, "bytes": 0})
+        kind["files"] += 1
+        kind["bytes"] += entry.size
+    return {
+        "folder": str(cache.directory()),
+        "refused": refused,
+        "files": sum(kind["files"] for kind in kinds.values()),
+        "bytes": sum(kind["bytes"] for kind in kinds.values()),
+        "kinds": kinds,
+    }
+
+
 def settings() -> dict[str, str]:
     """The environment variables that attnopt reads, as they are now."""
     return {name: os.environ.get(name, "") for name in SETTINGS}
@@ -64,6 +98,8 @@ def collect() -> dict[str, Any]:
         "cpu": processor(),
         "cuda": torch.version.cuda or "",
         "accelerators": accelerators(),
+        "compiler": compiler(),
+        "cache": cache(),
         "settings": settings(),
     }
 

@@ -3,6 +3,8 @@ as the model raised them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class AttnOptError(Exception):
     """Base of every error of this package."""
@@ -34,3 +36,15 @@ class CaptureError(AttnOptError):
 
 class StrictError(AttnOptError):
     """`strict=True` was given and something was left as it was."""
+
+
+class CacheError(AttnOptError):
+    """A place for generated files is unsafe or cannot be written to."""
+
+
+class KernelError(AttnOptError):
+    """A generated kernel cannot be compiled or loaded; `source` is its file, where there is one."""
+
+    def __init__(self, reason: str, source: Path | None = None) -> None:
+        super().__init__(reason)
+        self.source = source

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from attnopt.kernels.aten import bind
+from attnopt.kernels.bind import bind
 
 __all__ = ["attend", "attention", "bind"]
 

@@ -19,6 +19,7 @@ from attnopt.bench.encoder import encoder
 from attnopt.bench.spellings import SPELLINGS, Wrapped
 from attnopt.cli import main
 from attnopt.errors import OptionError
+from attnopt.kernels import cache
 from attnopt.report import Report
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,16 +48,67 @@ def clean_logger(monkeypatch: pytest.MonkeyPatch):
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     said = capsys.readouterr().out
-    for word in (attnopt.__version__, torch.__version__, "ATTNOPT_LOG", "cores"):
+    for word in (attnopt.__version__, torch.__version__, "ATTNOPT_LOG", "cores", "fp32 lanes"):
         assert word in said
 
 
-def test_env_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATTNOPT_CACHE_DIR", "/somewhere")
+def test_env_as_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ATTNOPT_CACHE_DIR", str(tmp_path / "kernels"))
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
-    assert found["settings"]["ATTNOPT_CACHE_DIR"] == "/somewhere"
+    assert found["settings"]["ATTNOPT_CACHE_DIR"] == str(tmp_path / "kernels")
+    assert found["cache"]["folder"] == str(tmp_path / "kernels")
+    assert found["compiler"]["lanes"] in (4, 8, 16)
+    assert bool(found["compiler"]["version"]) != bool(found["compiler"]["why_not"])
+
+
+def test_env_without_a_compiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert main(["env"]) == 0
+    assert "CXX must name a C++ compiler, got '/nonexistent/c++'" in capsys.readouterr().out
+
+
+def test_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "kernels"
+    monkeypatch.setenv("ATTNOPT_CACHE_DIR", str(folder))
+    assert main(["cache"]) == 0
+    assert capsys.readouterr().out == f"{folder}\nempty\n"
+    cache.store("cpp", cache.key("a"), ".cpp", b"x" * 1500)
+    cache.store("cpp", cache.key("a"), ".so", b"x" * 1500)
+    cache.store("triton", cache.key("b"), ".py", b"x" * 2_000_000)
+    assert main(["cache"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        str(folder), "cpp      2 files, 3.0 kB", "triton   1 file, 2.0 MB"]
+    assert main(["cache", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["files"] == 3 and found["kinds"]["cpp"] == {"files": 2, "bytes": 3000}
+    assert main(["cache", "--clear"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        str(folder), "removed 3 files, 2.0 MB", "empty"]
+    assert cache.entries() == []
+    assert main(["cache", "--clear", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["removed"] == {"files": 0, "bytes": 0}
+
+
+def test_cache_that_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setenv("ATTNOPT_CACHE_DIR", str(folder))
+    assert main(["cache"]) == 0
+    said = capsys.readouterr().out
+    assert f"refused: {folder} must not be writable by others, got mode 0777" in said
+    assert main(["env"]) == 0
+    assert "must not be writable by others" in capsys.readouterr().out
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +156,7 @@ def test_bench_overhead(
     path = tmp_path / "r.json"
     assert main(["bench", "--suite", "overhead", "--repeats", "2", "--json", str(path)]) == 0
     record = json.loads(path.read_text("utf-8"))
-    assert set(record) == {"date", "cpu", "accelerators", "versions", "suites"}
+    assert set(record) == {"date", "cpu", "compiler", "accelerators", "versions", "suites"}
     assert record["suites"]["overhead"]["toy, grad off"]["ratio"] > 0
     assert "ratio" in capsys.readouterr().out
 

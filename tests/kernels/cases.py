@@ -13,7 +13,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.mask import Band, Causal, KeyKeep
 from attnopt.ir.spec import Operand, Schedule, Spec
 from attnopt.kernels import reference
-from attnopt.kernels.aten import bind
+from attnopt.kernels.bind import bind
 
 B, H, Q, K, D = 2, 3, 5, 7, 8
 INF = float("inf")
@@ -89,7 +89,8 @@ CASES = {
                           operands=(MIX,)),
 }
 SCHEDULES = {"chosen": "", "dense": str(Schedule("aten:dense")),
-             "blocks": str(Schedule("aten:blocks", (2, 4)))}
+             "blocks": str(Schedule("aten:blocks", (2, 4))),
+             "cpp": str(Schedule("cpp", (12, 32, 6, 2)))}
 
 
 def operands_of(spec: Spec) -> list[Tensor]:

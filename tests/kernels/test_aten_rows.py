@@ -8,7 +8,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.mask import Where
 from attnopt.ir.spec import Operand, Spec
 from attnopt.kernels import reference
-from attnopt.kernels.aten import bind
+from attnopt.kernels.bind import bind
 from tests.kernels.cases import (
     CASES,
     INF,

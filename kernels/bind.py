@@ -1,0 +1,53 @@
+"""Spec + Schedule -> the function that a call runs.
+
+The ATen lowerings compute every Spec on every device. Generated kernels stand in front of them: one
+that is not for a call (another dtype, an empty length, a gradient it has none for) hands it on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attnopt.ir.spec import Schedule, Spec
+from attnopt.kernels import aten, cpp
+from attnopt.kernels.aten.state import call_state
+from attnopt.kernels.cpp.template import Tile
+
+Attention = Callable[..., Tensor]
+
+
+@functools.lru_cache(maxsize=4096)
+def bind(spec: str, schedule: str = "") -> Attention:
+    """The function (query, key, value, *operands) -> out of a Spec's and a Schedule's text form.
+
+    A Schedule that is empty, or of a lowering that is not here or does not compute the Spec, is
+    chosen again at each call. Raises ValueError for text that is not a Spec, and, when called,
+    for another number of operands than the Spec has.
+    """
+    asked = Schedule.parse(schedule) if schedule else Schedule("")
+    if asked.lowering == "cpp" and not cpp.reasons(Spec.parse(spec)):
+        return _Generated(Spec.parse(spec), asked)
+    return aten.bind(spec, schedule)
+
+
+class _Generated:
+    """A Spec whose calls go to a generated kernel, or else to ATen."""
+
+    __slots__ = ("slots", "kernel", "aten")
+
+    def __init__(self, spec: Spec, schedule: Schedule) -> None:
+        self.slots = len(spec.operands)
+        self.kernel = cpp.Attention(spec, Tile(*schedule.tile))
+        self.aten = aten.bind(str(spec))
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Tensor:
+        if len(operands) == self.slots and not torch.is_autocast_enabled("cpu") and (
+                call_state((query, key, value, *operands)) == "all"):
+            out = self.kernel(query, key, value, operands)
+            if out is not None:
+                return out
+        return self.aten(query, key, value, *operands)

@@ -1,0 +1,117 @@
+"""Calling a compiled kernel: tensors as one array of words, nothing copied that has strides.
+
+A kernel reads 64-bit words in the order of `forward.h`: threads, lengths, then every tensor as its
+address and its strides in elements, 0 where it broadcasts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnopt.ir.spec import Operand, Spec, leading_axes
+from attnopt.kernels.aten.tile import broadcast
+from attnopt.kernels.cpp.isa import Isa, isa
+from attnopt.kernels.cpp.template import ELEMENTS, Signature, Tile, source
+from attnopt.kernels.cpp.toolchain import compile_all, load
+
+#: names of torch dtypes that kernels read
+DTYPES = {getattr(torch, name): name for name in ELEMENTS}
+#: integers inside of kernels have 32 bits
+LARGEST = 2**31 - 1
+
+
+class Kernel:
+    """One compiled kernel, ready to be called with tensors."""
+
+    def __init__(self, signature: Signature, tile: Tile, target: Isa | None = None) -> None:
+        self.signature, self.tile = signature, tile
+        self.source = source(signature, tile, (target or isa()).width)
+        self.path = compile_all([self.source], target)[0]
+        self.function = load(self.path).attention
+        self.function.argtypes, self.function.restype = [ctypes.c_void_p], None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor] = (),
+                 *, lists: tuple[Tensor, Tensor] | None = None, lse: Tensor | None = None,
+                 threads: int | None = None) -> Tensor:
+        """query (*L, Q, D), key (*L, K, D), value (*L, K, Dv) -> (*L, Q, Dv).
+
+        lists: (row pointers int32 (*L or 1, query tiles + 1), key tile * 2 + partial int32); lse:
+        float32 (*L, Q) to be filled.
+        """
+        spec = self.signature.spec
+        leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        rows, keys = query.shape[-2], key.shape[-2]
+        out = empty_like_fused(query, (*leads, rows, value.shape[-1]))
+        if out.numel() == 0:
+            return out
+        own = [int(_differs(t, i, leads)) for i in range(len(leads)) for t in [(key, value)]]
+        words = [threads or torch.get_num_threads(), rows, keys, *leads, *own]
+        rank = len(leads)
+        for tensor in (query, key, value, out):
+            words += matrix(tensor, rank)
+        words += matrix(lse.unsqueeze(-1), rank) if lse is not None else [0] * (rank + 3)
+        if lists is None:
+            words += [0] * (rank + 2)
+        else:
+            pointers, tiles = lists
+            words += [pointers.data_ptr(), tiles.data_ptr(), *_strides(pointers, rank, 1)[:-1]]
+        for described, tensor in zip(spec.operands, operands, strict=True):
+            words += operand(described, tensor, rank, (keys, value.shape[-1]))
+        arguments = array("q", words)
+        self.function(arguments.buffer_info()[0])
+        return out
+
+
+def empty_like_fused(query: Tensor, shape: Sequence[int]) -> Tensor:
+    """An output whose rows of all heads lie side by side, as torch's fused attention gives it: the
+    transpose and reshape that follow it in most models then cost nothing."""
+    if len(shape) != 4:
+        return query.new_empty(shape)
+    batch, heads, rows, width = shape
+    return query.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+
+def matrix(tensor: Tensor, rank: int) -> list[int]:
+    """Address and strides (leading axes, row, column) of a tensor of at most rank + 2 axes."""
+    return [tensor.data_ptr(), *_strides(tensor, rank, 2)]
+
+
+def _strides(tensor: Tensor, rank: int, last: int) -> list[int]:
+    strides = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    return [0] * (rank + last - len(strides)) + strides
+
+
+def operand(described: Operand, tensor: Tensor, rank: int, columns: tuple[int, int]) -> list[int]:
+    """The words of an operand: a matrix and its number of columns, or a table."""
+    if described.slot == "score_weight":
+        tensor = tensor.unsqueeze(-2)  # (D,) or (*L, D): one row
+    if described.axes is None:
+        return [tensor.data_ptr(), *tensor.shape, *tensor.stride()]
+    width = tensor.shape[-1] if tensor.dim() else 1
+    return [*matrix(tensor, rank), columns[0] if width == 1 else width]
+
+
+def _differs(tensors: Sequence[Tensor], axis: int, leads: Sequence[int]) -> bool:
+    place = axis - len(leads) - 2
+    return any(t.dim() >= -place and t.shape[place] != 1 and t.stride(place) != 0 for t in tensors)
+
+
+@functools.lru_cache(maxsize=512)
+def kernel(signature: Signature, tile: Tile, target: Isa | None = None) -> Kernel:
+    """The kernel of a signature and a tile, compiled once."""
+    return Kernel(signature, tile, target)
+
+
+def signature_of(spec: Spec, query: Tensor, key: Tensor, value: Tensor,
+                 operands: Sequence[Tensor]) -> Signature:
+    """What to compile for these tensors."""
+    rank = len(broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2]))
+    return Signature(spec, DTYPES[query.dtype], query.shape[-1], value.shape[-1], rank,
+                     tuple((DTYPES[t.dtype], t.dim()) for t in operands))

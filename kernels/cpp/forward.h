@@ -1,0 +1,348 @@
+// The forward kernel: one query tile at a time over its key tiles, with an online softmax or another
+// normaliser. A comment `//@name` is where the statements of a Spec go (see `template.py`).
+//
+// Passes: ONLINE computes everything in one sweep. Where the epilogue of the weights needs
+// statistics of whole rows, STATISTICS finds those in a first sweep and WEIGHTS uses them.
+enum { ONLINE, STATISTICS, WEIGHTS };
+
+//@operands
+
+struct Call {
+  int32_t threads, queries, keys;
+  int32_t length[RANK + 1];
+  int32_t own[RANK + 1];  // whether keys and values differ along a leading axis
+  Matrix<T> q, k, v, out;
+  Matrix<float> lse;         // data is null where it is not asked for
+  const int32_t* list_rows;  // per query tile: where its key tiles begin; null: every key tile
+  const int32_t* list;       // key tile * 2 + (1 where some of it may be hidden)
+  int64_t list_lead[RANK + 1];
+  Operands operands;
+};
+
+struct Entry {  // a query tile
+  Place place;
+  int32_t first, rows;
+  const float *packed_k, *packed_v;
+  const T* v;  // null: values are packed
+};
+
+struct Buffers {  // of one thread
+  alignas(64) float q[BQ * D + W];
+  alignas(64) float s[BQ * BK];
+  alignas(64) float o[BQ * DVP];
+  alignas(64) float score_weight[D + 1];
+  float shift[BQ];  // about the row maximum: what exponents are relative to
+  float top[BQ];    // the same without sinks
+  vf sums[BQ];      // by lane
+  float sum[BQ], total[BQ], inverse[BQ];
+  int32_t count[BQ];
+  float mass[BQ][GROUPS + 1];
+};
+
+// Row i, whose exponents have become relative to something higher.
+template <int PASS> static void rescale(Buffers& b, int i, float scale) {
+  b.sums[i] *= scale;
+  b.sum[i] *= scale;
+  b.total[i] *= scale;
+  for (int g = 0; g < GROUPS; g++) b.mass[i][g] *= scale;
+  if constexpr (PASS == ONLINE)
+    for (int e = 0; e < DVP; e += W) store(b.o + i * DVP + e, load(b.o + i * DVP + e) * scale);
+}
+
+// Raw scores of one key tile become what meets the values.
+template <int PASS, bool PARTIAL>
+static void tile(const Call& call, const Entry& entry, Buffers& b, const int32_t k0) {
+  const Place& place = entry.place;
+  (void)place;
+  //@names
+  //@head
+  for (int i = 0; i < entry.rows; i++) {
+    const int32_t index_q = entry.first + i;
+    (void)index_q;
+    float* const s = b.s + i * BK;
+    vf x[NB];
+    vi kept[NB];
+    vf top = vec(-INF);
+    //@row
+#pragma GCC unroll 16
+    for (int j = 0; j < NB; j++) {
+      const int32_t column = k0 + j * W;
+      const vi index_k = column + lanes();
+      const vf score = SCORE == KEY ? vf{} : load(s + j * W);
+      (void)score;
+      //@cell
+      x[j] = vec(LOGIT);
+      kept[j] = vi{} - 1;
+      if constexpr (PARTIAL) {
+        kept[j] = index_k < size_k;
+        //@mask
+        x[j] = kept[j] ? x[j] : vec(-INF);
+      }
+      if constexpr (TOPS) top = larger(x[j], top);
+    }
+    if constexpr (COUNTS && PASS != WEIGHTS) {
+      vi count{};
+      for (int j = 0; j < NB; j++) count -= kept[j];
+      for (int l = 0; l < W; l++) b.count[i] += count[l];
+    }
+    float shift = b.shift[i];
+    if constexpr (TOPS && PASS != WEIGHTS) {
+      // The maximum need not be exact: a lower one is good until a weight grows beyond e^SLACK.
+      if (any(top > shift + SLACK)) {
+        const float highest = maximum_of_lanes(top);
+        if (SOFTMAX && shift != -INF) rescale<PASS>(b, i, std::exp(shift - highest));
+        b.shift[i] = shift = highest;
+      }
+    }
+    if (SOFTMAX && shift == -INF) shift = 0.0f;  // no key yet: every weight is 0
+    vf sum = b.sums[i], total{};
+    vf mass[GROUPS + 1] = {};
+    (void)mass;
+    //@statistics
+    //@weights_row
+#pragma GCC unroll 16
+    for (int j = 0; j < NB; j++) {
+      const int32_t column = k0 + j * W;
+      const vi index_k = column + lanes();
+      (void)index_k;
+      vf weight;
+      if constexpr (SOFTMAX) {
+        weight = exp_of_weight(x[j] - shift);
+      } else {
+        weight = NORMALIZE(x[j]);
+        if constexpr (PARTIAL) weight = kept[j] ? weight : vf{};
+      }
+      if constexpr (PASS != WEIGHTS) {
+        sum += weight;
+        //@masses
+      }
+      if constexpr (PASS == WEIGHTS) weight *= b.inverse[i];
+      if constexpr (PASS != STATISTICS) {
+        //@weights
+        weight = vec(EDITED);
+        if constexpr (PASS == WEIGHTS) weight = index_k < size_k ? weight : vf{};
+        total += weight;
+        store(s + j * W, weight);
+      }
+    }
+    if constexpr (PASS != WEIGHTS) {
+      b.sums[i] = sum;
+      for (int g = 0; g < GROUPS; g++) b.mass[i][g] += sum_of_lanes(mass[g]);
+    }
+    if constexpr (TOTALS && PASS != STATISTICS) b.total[i] += sum_of_lanes(total);
+  }
+}
+
+// Sinks join the sum once all keys are in it.
+static void add_sinks(const Call& call, const Entry& entry, Buffers& b) {
+  const Place& place = entry.place;
+  (void)place;
+  //@names
+  //@sink_head
+  for (int i = 0; i < entry.rows; i++) {
+    const int32_t index_q = entry.first + i;
+    (void)index_q;
+    //@sink_row
+    b.top[i] = b.shift[i];
+    b.sum[i] = sum_of_lanes(b.sums[i]);
+    if constexpr (SINKS) {
+      if constexpr (SOFTMAX) {
+        const float sink = SINK;
+        if (sink > b.shift[i]) {
+          const float scale = std::exp(b.shift[i] - sink);
+          b.shift[i] = sink;
+          if (TWO_PASSES) rescale<STATISTICS>(b, i, scale);
+          else rescale<ONLINE>(b, i, scale);
+        }
+        b.sum[i] += sink == -INF ? 0.0f : std::exp(sink - b.shift[i]);
+      } else {
+        b.sum[i] += NORMALIZE(vec((float)(SINK)))[0];
+      }
+    }
+    b.inverse[i] = SOFTMAX || L1 ? 1.0f / b.sum[i] : 1.0f;
+    for (int g = 0; g < GROUPS; g++) b.mass[i][g] *= b.inverse[i];
+  }
+}
+
+template <int PASS>
+static void sweep(const Call& call, const Entry& entry, Buffers& b, const int32_t* rows) {
+  const int tiles = (call.keys + BK - 1) / BK;
+  const int begin = rows ? rows[0] : 0, end = rows ? rows[1] : tiles;
+  for (int n = begin; n < end; n++) {
+    const int t = rows ? call.list[n] >> 1 : n;
+    const int32_t k0 = t * BK;
+    const int count = call.keys - k0 < BK ? call.keys - k0 : BK;
+    const bool partial = count < BK || (rows ? call.list[n] & 1 : MASKED);
+    const float* v = (entry.v ? (const float*)entry.v : entry.packed_v) + (int64_t)k0 * DVP;
+    const int blocks = (entry.rows + MR - 1) / MR;
+    if constexpr (SCORE != KEY)
+      product<SCORE, NB, false>(entry.rows, b.q, D, entry.packed_k + (int64_t)t * D * BK, D, b.s,
+                                BK, D, b.score_weight,
+                                Ahead(v, PASS == STATISTICS ? 0 : count * DVP, blocks));
+    if (partial) tile<PASS, true>(call, entry, b, k0);
+    else tile<PASS, false>(call, entry, b, k0);
+    if constexpr (PASS != STATISTICS) {
+      const int after = n + 1 < end ? rows ? call.list[n + 1] >> 1 : n + 1 : 0;
+      product<DOT, DVP / W, true>(entry.rows, b.s, BK, v, BK, b.o, DVP, count, b.score_weight,
+                                  Ahead(entry.packed_k + (int64_t)after * D * BK, D * BK, blocks));
+    }
+  }
+}
+
+// What is left once the sums are known: sinks, division, empty rows, epilogue, log-sum-exp.
+static void finish(const Call& call, const Entry& entry, Buffers& b) {
+  const Place& place = entry.place;
+  (void)place;
+  //@names
+  //@output_head
+  T* const out = call.out.at(place);
+  for (int i = 0; i < entry.rows; i++) {
+    const int32_t index_q = entry.first + i;
+    float* const o = b.o + i * DVP;
+    float scale = TWO_PASSES ? 1.0f : b.inverse[i];
+    if constexpr (RENORMALIZE) scale = 1.0f / b.total[i];
+    for (int e = 0; e < DVP; e += W) store(o + e, load(o + e) * scale);
+    if constexpr (SOFTMAX && !SINKS && EMPTY_ROW != EMPTY_NAN) {
+      const bool empty = EMPTY_ROW == EMPTY_ZERO ? b.shift[i] == -INF && b.sum[i] == 0 : !b.count[i];
+      if (empty) {
+        memset(o, 0, 4 * DVP);
+        if constexpr (EMPTY_ROW == EMPTY_UNIFORM) {
+          const T* const v = call.v.at(place);
+          for (int k = 0; k < call.keys; k++)
+            for (int e = 0; e < DV; e++) o[e] += as_float(v[k * call.v.row + e * call.v.column]);
+          for (int e = 0; e < DV; e++) o[e] /= (float)call.keys;
+        }
+      }
+    }
+    const float lse = SOFTMAX ? (b.shift[i] == -INF ? -INF : b.shift[i] + std::log(b.sum[i]))
+                              : std::log(b.sum[i]);
+    if (call.lse.data) call.lse.at(place)[index_q * call.lse.row] = lse;
+    //@output_statistics
+    //@output_row
+    for (int e = 0; e < DVP; e += W) {
+      const int32_t column = e;
+      const vi index_d = column + lanes();
+      (void)index_d;
+      vf x = load(o + e);
+      //@output
+      store(o + e, vec(RESULT));
+    }
+    write_row(out + index_q * call.out.row, call.out.column, o, DV);
+  }
+}
+
+static void query_tile(const Call& call, Entry& entry, Buffers& b, int index) {
+  entry.first = index * BQ;
+  entry.rows = call.queries - entry.first < BQ ? call.queries - entry.first : BQ;
+  pack_rows(call.q, call.q.at(entry.place) + entry.first * call.q.row, entry.rows, BQ, D, b.q, D,
+            ALPHA);
+  for (int i = 0; i < BQ; i++) {
+    b.shift[i] = -INF;
+    b.sums[i] = vf{};
+    b.sum[i] = b.total[i] = 0;
+    b.count[i] = 0;
+    for (int g = 0; g < GROUPS; g++) b.mass[i][g] = 0;
+  }
+  memset(b.o, 0, sizeof b.o);
+  memset(b.s, 0, sizeof b.s);
+  const int32_t* rows = call.list_rows;
+  if (rows) {
+    rows += index;
+    for (int a = 0; a < RANK; a++) rows += entry.place.at[a] * call.list_lead[a];
+  }
+  if constexpr (TWO_PASSES) {
+    sweep<STATISTICS>(call, entry, b, rows);
+    add_sinks(call, entry, b);
+    sweep<WEIGHTS>(call, entry, b, rows);
+  } else {
+    sweep<ONLINE>(call, entry, b, rows);
+    add_sinks(call, entry, b);
+  }
+  finish(call, entry, b);
+}
+
+// The n-th combination of the leading axes along which keys do (own) or do not differ.
+static void place_of(const Call& call, int64_t n, bool own, Place& place) {
+  for (int a = RANK - 1; a >= 0; a--) {
+    if ((bool)call.own[a] != own) continue;
+    place.at[a] = (int32_t)(n % call.length[a]);
+    n /= call.length[a];
+  }
+}
+
+static void run(const Call& call) {
+  const int key_tiles = (call.keys + BK - 1) / BK, query_tiles = (call.queries + BQ - 1) / BQ;
+  int64_t owners = 1, sharers = 1;
+  for (int a = 0; a < RANK; a++) (call.own[a] ? owners : sharers) *= call.length[a];
+  // Values that lie as a panel does are read where they are.
+  const bool in_place = std::is_same<T, float>::value && DV == DVP && DVP <= NV * W &&
+                        call.v.column == 1 && call.v.row == DV;
+  const int64_t k_size = SCORE == KEY ? 0 : (int64_t)key_tiles * BK * D;
+  const int64_t v_size = in_place ? 0 : (int64_t)key_tiles * BK * DVP;
+  // Keys and values of some heads are packed together: few enough for the cache, enough of them
+  // to occupy every thread.
+  const int64_t size = 4 * (k_size + v_size) + 1, budget = 8 << 20;
+  int64_t chunk = budget / size;
+  const int64_t work = sharers * query_tiles, wanted = (4 * call.threads + work - 1) / work;
+  if (chunk < wanted) chunk = wanted;
+  if (chunk > owners) chunk = owners;
+  if (chunk < 1) chunk = 1;
+  float* const packed = (float*)aligned_alloc(64, ((size_t)(chunk * size) + 127) / 64 * 64);
+  float* const packed_v = packed + chunk * k_size;
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1)
+  {
+    Buffers& b = *(Buffers*)aligned_alloc(64, (sizeof(Buffers) + 63) / 64 * 64);
+    memset(&b, 0, sizeof b);
+    for (int64_t first = 0; first < owners; first += chunk) {
+      const int64_t here = owners - first < chunk ? owners - first : chunk;
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < here * key_tiles; n++) {
+        const int64_t c = n / key_tiles, t = n % key_tiles;
+        Place place{};
+        place_of(call, first + c, true, place);
+        const int count = call.keys - t * BK < BK ? (int)(call.keys - t * BK) : BK;
+        if constexpr (SCORE != KEY)
+          pack_columns(call.k, call.k.at(place) + t * BK * call.k.row, count, D,
+                       packed + c * k_size + t * BK * D, BK);
+        if (!in_place)
+          pack_panels(call.v, call.v.at(place) + t * BK * call.v.row, count, BK, DV,
+                      packed_v + c * v_size + t * BK * DVP, DVP);
+      }
+      const int64_t tasks = here * sharers * query_tiles;
+#pragma omp for schedule(dynamic)
+      for (int64_t n = 0; n < tasks; n++) {
+        const int64_t c = n / (sharers * query_tiles), rest = n % (sharers * query_tiles);
+        Entry entry{};
+        place_of(call, first + c, true, entry.place);
+        place_of(call, rest / query_tiles, false, entry.place);
+        entry.packed_k = packed + c * k_size;
+        entry.packed_v = packed_v + c * v_size;
+        entry.v = in_place ? call.v.at(entry.place) : nullptr;
+        //@score_weight
+        query_tile(call, entry, b, (int)(rest % query_tiles));
+      }
+    }
+    free(&b);
+  }
+  free(packed);
+}
+
+extern "C" void attention(const int64_t* words) {
+  Reader r{words};
+  Call call;
+  call.threads = (int32_t)r.word();
+  call.queries = (int32_t)r.word();
+  call.keys = (int32_t)r.word();
+  for (int a = 0; a < RANK; a++) call.length[a] = (int32_t)r.word();
+  for (int a = 0; a < RANK; a++) call.own[a] = (int32_t)r.word();
+  call.q.read(r);
+  call.k.read(r);
+  call.v.read(r);
+  call.out.read(r);
+  call.lse.read(r);
+  call.list_rows = r.pointer<const int32_t>();
+  call.list = r.pointer<const int32_t>();
+  for (int a = 0; a < RANK; a++) call.list_lead[a] = r.word();
+  //@read_operands
+  run(call);
+}
