@@ -28,7 +28,7 @@ help:
 	@echo "make test-all  every test, in $(SHARDS) shards; SHARD=i/n runs one of them"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmark suites on this machine's CPU"
-	@echo "make gpu       the tests and benchmarks that need a GPU, with $(PYTHON) as it is"
+	@echo "make gpu       tests, calibration and suite for a GPU in 9 minutes, $(PYTHON) as it is"
 
 # torch comes first and alone, as one exact version, so that nothing below can pull in another build
 # of it. A torch that was built for CUDA has then brought its own triton, which must stay.
@@ -77,9 +77,15 @@ lint: $(READY)
 bench: $(READY)
 	$(PY) -m attnopt bench
 
+# Correctness, calibration and the suite gpu, each with its share of nine minutes. SIGINT lets the
+# suite store the rows that it has.
 gpu:
-	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
-	$(PYTHON) -m attnopt bench
+	@failed=0; \
+	timeout 190 $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS) || failed=1; \
+	timeout 50 $(PYTHON) -m attnopt calibrate --device gpu || failed=1; \
+	timeout --signal INT --kill-after 10 280 \
+	  $(PYTHON) -m attnopt bench --suite gpu --budget 250 || failed=1; \
+	exit $$failed
 
 clean:
 	rm -rf $(VENV) build examples/output *.egg-info

@@ -51,6 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--json", action="store_true", help="as JSON")
     cache.set_defaults(run=_cache)
 
+    calibrate = commands.add_parser(
+        "calibrate", help="measure this machine, so that predicted times are its own")
+    what = calibrate.add_mutually_exclusive_group()
+    what.add_argument("--show", action="store_true", help="what is stored, without measuring")
+    what.add_argument("--reset", action="store_true", help="remove what is stored")
+    what.add_argument("--device", choices=("cpu", "gpu"), action="append",
+                      help="only this one; default: the CPU, and the GPU if there is one")
+    calibrate.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
+    calibrate.add_argument("--json", action="store_true", help="as JSON")
+    calibrate.set_defaults(run=_calibrate)
+
     bench = commands.add_parser("bench", help="measure attnopt on this machine")
     bench.add_argument("--suite", choices=list(SUITES), action="append",
                        help="one of the suites; may be given again; default: all of them")
@@ -60,11 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--compile", action=argparse.BooleanOptionalAction,
                        help="measure what torch.compile makes as well; default: each suite's own")
     bench.add_argument("--quick", action="store_true", default=None,
-                       help="short sequences and few rounds (suites cpu, gpu)")
+                       help="short sequences and few rounds (suites cpu, gpu, tiles)")
     bench.add_argument("--case", action="append", metavar="PATTERN",
                        help="only rows of such a name (suites cpu, gpu); may be given again")
     bench.add_argument("--budget", type=_positive, metavar="SECONDS",
-                       help="begin no row after that time (suite gpu)")
+                       help="begin no row after that time (suites gpu, tiles)")
     bench.set_defaults(run=_bench)
     return parser
 
@@ -130,6 +141,27 @@ def _count(content: dict[str, Any]) -> str:
 def _refused(cache: dict[str, Any]) -> str:
     why = cache["refused"]
     return f"; temporary, because the folder that is wanted is refused: {why}" if why else ""
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from attnopt.bench import calibrate
+
+    if options.reset:
+        removed = calibrate.reset()
+        if options.json:
+            print(json.dumps({"removed": removed}, indent=1))
+        else:
+            print("\n".join(f"removed: {path}" for path in removed) or "nothing is stored")
+        return 0
+    found = calibrate.stored() if options.show else calibrate.run(
+        options.device or (), quick=options.quick,
+        say=lambda line: print(line, file=sys.stderr, flush=True))
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        lines = [line for entry in found for line in calibrate.table(entry)]
+        print("\n".join(lines) or "nothing is stored")
+    return 0
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -42,6 +42,11 @@ class Region:
     dtypes:    of query, key and value
     training:  the model was captured in training mode
     operand_grad: an operand depends on a parameter
+    shapes:    of query, key and value as the Spec has them, at the lengths of the example inputs
+    fixed:     these are the shapes of every call
+    lowerings: those that the user allows, of "aten", "cpp", "triton"
+    inlined:   the same with operands that are index arithmetic computed, for kernels that can
+    saved:     elements of the tensors that are then not made, shared ones by the site's share
     """
 
     spec: Spec
@@ -52,6 +57,11 @@ class Region:
     device: str
     training: bool
     operand_grad: bool
+    shapes: tuple[tuple[int, ...], ...] = ()
+    fixed: bool = True
+    lowerings: tuple[str, ...] = ("aten", "cpp", "triton")
+    inlined: Spec | None = None
+    saved: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
 from attnopt import logs
 from attnopt.calls import Call, CallReader
@@ -38,6 +39,11 @@ NOTHING = "nothing in this call was rewritten"
 MAX_VARIANTS = 8
 _MAX_SEEN = 256
 _log = logs.get("capture")
+
+
+def _normal(tree: Any) -> Any:
+    """The same arguments without inference tensors."""
+    return tree_map(lambda x: x.clone() if torch.is_tensor(x) and x.is_inference() else x, tree)
 
 
 class Runtime:
@@ -226,7 +232,9 @@ class Runtime:
             self._refused[key] = f"more than {MAX_VARIANTS} kinds of calls"
             return None
         try:
-            variant = self._capture(call, args, kwargs)
+            # Autograd may not save what was made under inference_mode, as a capture asks it to.
+            with torch.inference_mode(False):
+                variant = self._capture(call, *_normal((args, kwargs)))
             del self._seen[key]
             return variant
         except CaptureError as error:

@@ -1,8 +1,10 @@
 """The door of everything that computes: other rooms import from here only.
 
-    reference(spec)          the float64 oracle of a Spec
-    ops.attention            the op; ops.attend, what eager graphs call in its place
-    reasons(spec, lowering)  why a lowering does not serve a Spec
+    reference(spec)             the float64 oracle of a Spec
+    ops.attention               the op; ops.attend, what eager graphs call in its place
+    reasons(spec, lowering)     why a lowering does not serve a Spec
+    estimates(problem, …)       predicted times of lowerings and tiles; original(problem, authored)
+    prepare(calls)              compile the generated kernels of some calls in parallel
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ from typing import Any
 
 import torch
 
-from attnopt.ir.spec import Spec
-from attnopt.kernels import ops
+from attnopt.cost.choose import worth
+from attnopt.ir.spec import Schedule, Spec
+from attnopt.kernels import cpp, ops, triton
 from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
 from attnopt.kernels.aten.sdpa import reasons as not_fused
+from attnopt.kernels.choosing import Problem, aten_lowering, estimates, original
 from attnopt.kernels.reference import reference
 
-__all__ = ["ops", "reasons", "reference"]
+__all__ = ["Problem", "aten_lowering", "estimates", "ops", "original", "prepare",
+           "reasons", "reference", "worth"]
 
 
 def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
@@ -50,6 +55,21 @@ def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
         if not can_block(spec, dtypes[-1]):
             found.append("row blocks do not take mixed heads, dropout, a wider softmax dtype, or "
                          "rows that are all alike")
+    elif lowering == "cpp":
+        found += cpp.reasons(spec, dtypes, device, requires_grad, operand_grad)
+    elif lowering == "triton":
+        found += triton.reasons(spec, dtypes, device, head_dims=head_dims,
+                                requires_grad=requires_grad)
     elif lowering != "aten:dense":
-        found.append(f"lowering must be aten:sdpa, aten:blocks or aten:dense, got {lowering!r}")
+        found.append("lowering must be aten:sdpa, aten:blocks, aten:dense, cpp or triton, got "
+                     f"{lowering!r}")
     return found
+
+
+def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[torch.Tensor]]]) -> None:
+    """Compile the kernels of calls with a generated lowering, in parallel and each once.
+
+    A call is its Spec, its Schedule and its tensors (query, key, value, *operands), of which only
+    dtypes and shapes are looked at. Raises KernelError.
+    """
+    cpp.prepare(calls)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.kernels import aten, cpp
+from attnopt.kernels import aten, cpp, triton
 from attnopt.kernels.aten.state import call_state
-from attnopt.kernels.cpp.template import Tile
 
 Attention = Callable[..., Tensor]
 
@@ -29,25 +28,32 @@ def bind(spec: str, schedule: str = "") -> Attention:
     for another number of operands than the Spec has.
     """
     asked = Schedule.parse(schedule) if schedule else Schedule("")
-    if asked.lowering == "cpp" and not cpp.reasons(Spec.parse(spec)):
+    if asked.lowering == "cpp" and not cpp.spec_reasons(Spec.parse(spec)):
         return _Generated(Spec.parse(spec), asked)
+    if asked.lowering == triton.LOWERING:
+        return triton.bind(spec, schedule)
     return aten.bind(spec, schedule)
 
 
 class _Generated:
     """A Spec whose calls go to a generated kernel, or else to ATen."""
 
-    __slots__ = ("slots", "kernel", "aten")
+    __slots__ = ("slots", "kernel", "training", "aten")
 
     def __init__(self, spec: Spec, schedule: Schedule) -> None:
         self.slots = len(spec.operands)
-        self.kernel = cpp.Attention(spec, Tile(*schedule.tile))
+        self.kernel = cpp.Attention(spec, schedule.tile)
+        self.training = cpp.Training(self.kernel)
         self.aten = aten.bind(str(spec))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Tensor:
-        if len(operands) == self.slots and not torch.is_autocast_enabled("cpu") and (
-                call_state((query, key, value, *operands)) == "all"):
-            out = self.kernel(query, key, value, operands)
+        if len(operands) == self.slots and not torch.is_autocast_enabled("cpu"):
+            state = call_state((query, key, value, *operands))
+            out = None
+            if state == "all":
+                out = self.kernel(query, key, value, operands)
+            elif state == "safe":
+                out = self.training(query, key, value, operands)
             if out is not None:
                 return out
         return self.aten(query, key, value, *operands)

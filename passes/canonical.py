@@ -50,6 +50,8 @@ class Canonical:
     result: Target = ()
     #: copies and repetitions of K and V that the Spec does without
     saved: tuple[str, ...] = ()
+    #: what makes operands of the author that the Spec computes by itself
+    computed: frozenset[fx.Node] = frozenset()
 
     @property
     def tensors(self) -> list[Tensor]:

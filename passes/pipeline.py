@@ -10,12 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
+from attnopt import kernels
+from attnopt.errors import KernelError
 from attnopt.ir.captured import Captured
 from attnopt.ir.site import SiteRecord, module_path, source_line
 from attnopt.ir.spec import Schedule, Spec
+from attnopt.passes.analyze.inline_bias import Inlined, inline
 from attnopt.passes.analyze.provenance import Analysis
 from attnopt.passes.analyze.structure import Facts, analyze, words
 from attnopt.passes.canonical import Canonical, canonicalize
@@ -92,6 +96,8 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
         plans = [_plan(captured, program, analysis, site, options) for site in found]
     with clock("substitute"):
         candidates = _substitute(graph, view, plans, trials=options.verify)
+    with clock("compile"):
+        _compile(candidates)
     if options.verify and candidates:
         with clock("verify"):
             verify(captured, view, [c for c, _ in candidates])
@@ -130,8 +136,16 @@ def _plan(captured: Captured, program: Program, analysis: Analysis, site: Attent
     record.status, record.lowering = "canonical", "author"
     try:
         _replaceable(program, site)
-        region = _region(captured, program, canonical, plan.facts)
+        inlined = inline(analysis, program, canonical)
+        region = _region(captured, program, canonical, plan.facts, options, inlined)
         plan.match = _first_match(REGISTRY.pick(options.rules), region, record)
+        if inlined is not None and plan.match is not None \
+                and plan.match.spec == inlined.canonical.spec:
+            plan.canonical = inlined.canonical
+            plan.facts.guards |= inlined.guards
+            plan.facts.words |= {s: f"{plan.facts.words.get(s) or 'index'}, {inlined.words}"
+                                 for s in inlined.slots}
+            record.mask, record.bias = words(plan.facts, roles)
     except Decline as no:
         record.reason = record.reason or _explain(no, program)
     return plan
@@ -146,8 +160,6 @@ def _record(program: Program, site: Attention) -> SiteRecord:
 def _admissible(program: Program, site: Attention, options: Options, path: str) -> None:
     if options.only is not None and not fnmatch.fnmatch(path, options.only):
         raise Decline(f"outside only={options.only!r}")
-    if "aten" not in options.lowerings:
-        raise Decline(f"no lowering of backend={options.backend!r} exists for it")
     others = [u for u in site.escapes if not _only_returned(program, u)]
     if others:
         raise Decline(f"its scores or weights are also used by {op_name(others[0])}", others[0])
@@ -188,7 +200,8 @@ def _only_returned(program: Program, node: fx.Node, depth: int = 8) -> bool:
         _only_returned(program, u, depth - 1) for u in users)
 
 
-def _region(captured: Captured, program: Program, canonical: Canonical, facts: Facts) -> Region:
+def _region(captured: Captured, program: Program, canonical: Canonical, facts: Facts,
+            options: Options, inlined: Inlined | None) -> Region:
     site = canonical.site
     values = [t.node.meta["val"] for t in (canonical.query, canonical.key, canonical.value)]
     gained = (*facts.gained, *(f"repeated {s}" for s in canonical.saved))
@@ -196,9 +209,32 @@ def _region(captured: Captured, program: Program, canonical: Canonical, facts: F
     lengths += (product(resolve(site.keys)), product(resolve(site.inner)),
                 product(resolve(site.columns)))
     operand_grad = any(PARAMETER in program.depends[t.node] for t in canonical.operands.values())
+    known = _example_lengths(values)
+    shapes = tuple(tuple(_at_example(n, known) for n in canonical.lengths(t.target, t.layout))
+                   for t in (canonical.query, canonical.key, canonical.value))
     return Region(canonical.spec, "sdpa" if site.sdpa else "composition", gained, lengths,
                   tuple(v.dtype for v in values), values[2].device.type, _in_training(captured),
-                  operand_grad)
+                  operand_grad, shapes, all(isinstance(n, int) for n in lengths),
+                  options.lowerings, inlined.canonical.spec if inlined is not None else None,
+                  inlined.saved if inlined is not None else ())
+
+
+def _example_lengths(values: Sequence[torch.Tensor]) -> dict[Any, int]:
+    """What every symbol of a length was in the example inputs."""
+    for value in values:
+        for n in value.shape:
+            if isinstance(n, torch.SymInt):
+                env = n.node.shape_env
+                found = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+                return {symbol: int(number) for symbol, number in found.items()}
+    return {}
+
+
+def _at_example(length: Any, known: dict[Any, int]) -> int:
+    """A length as a number."""
+    if isinstance(length, int):
+        return length
+    return max(1, int(sympy.sympify(length).xreplace(known)))
 
 
 def _in_training(captured: Captured) -> bool:
@@ -278,6 +314,22 @@ def _substitute(graph: fx.Graph, view: View, plans: Sequence[_Planned], *,
         parts = [p.canonical for p in members if p.canonical is not None]
         made.append((Candidate(parts, done, trial=not taken), members))
     return made
+
+
+def _compile(candidates: Sequence[tuple[Candidate, list[_Planned]]]) -> None:
+    """Compile the generated kernels of all sites in parallel, before any of them runs."""
+    calls = [(p.match.spec, p.match.schedule, node) for c, members in candidates
+             for p, node in zip(members, _calls(c.done.emitted), strict=False) if p.match]
+    try:
+        kernels.prepare([
+            (spec, schedule, [a.meta["val"] for a in (*node.args[:3], *node.args[3])])
+            for spec, schedule, node in calls if schedule.lowering == "cpp"])
+    except KernelError as error:  # ATen computes these calls then, and the log says why
+        log.warning("a kernel could not be compiled: %s", error)
+
+
+def _calls(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    return [n for n in nodes if n.target is torch.ops.attnopt.attention.default]
 
 
 def _part(plan: _Planned) -> tuple[Canonical, Spec, Schedule]:

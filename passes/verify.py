@@ -61,6 +61,7 @@ def boundary(view: View, parts: Sequence[Canonical]) -> list[fx.Node]:
     inside = {n for c in parts for n in c.site.interior} | {parts[0].site.end}
     for c in parts:
         site = c.site
+        inside |= c.computed
         starts = [site.query[0], site.key[0], site.value[0],
                   *(o.node for o in site.operands.values())]
         for start in starts:

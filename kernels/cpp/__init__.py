@@ -1,15 +1,18 @@
 """Spec -> C++ source, compiled with the system's compiler, without torch headers.
 
-    reasons(spec)                why a Spec is not computed by generated C++; empty where it is
+    reasons(spec, …)             why generated C++ does not compute a Spec; empty where it does
     Attention(spec, tile)        the function (query, key, value, operands) -> out, or None where
                                  these tensors are not for it
-    prepare(signatures)          compile the kernels of a model in parallel
+    Training(attention)          the same under autograd; training_reasons(spec, operands)
+    prepare(calls)               compile the kernels of a model in parallel
 
-One template, `forward.h`, holds the loops; `template.py` puts the statements of the Spec into it.
+`forward.h` and `backward.h` hold the loops; `template.py` and `template_backward.py` put the
+statements of a Spec into them.
 """
 
 from __future__ import annotations
 
-from attnopt.kernels.cpp.attention import Attention, prepare, reasons
+from attnopt.kernels.cpp.attention import Attention, prepare, reasons, spec_reasons
+from attnopt.kernels.cpp.training import Training, training_reasons
 
-__all__ = ["Attention", "prepare", "reasons"]
+__all__ = ["Attention", "Training", "prepare", "reasons", "spec_reasons", "training_reasons"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from attnopt.errors import AttnOptError
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.intervals import PARTIAL, tile_lists, tile_states
-from attnopt.ir.spec import Operand, Spec
+from attnopt.ir.spec import Operand, Schedule, Spec
 from attnopt.kernels.aten.tile import broadcast
-from attnopt.kernels.cpp.call import DTYPES, LARGEST, kernel, signature_of
+from attnopt.kernels.cpp import integers
+from attnopt.kernels.cpp.call import DTYPES, Kernel, kernel, signature_of
+from attnopt.kernels.cpp.integers import LARGEST
 from attnopt.kernels.cpp.isa import Isa
 from attnopt.kernels.cpp.template import Parts, Signature, Tile, source
 from attnopt.kernels.cpp.toolchain import compile_all, isas, toolchain
@@ -23,11 +26,29 @@ from attnopt.kernels.cpp.toolchain import compile_all, isas, toolchain
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 #: from here on a mask of index arithmetic gets tile lists, in scores of one head
 _LISTED = 128 * 128
+#: lengths whose tile is remembered
+_REMEMBERED = 1024
+
+
+def reasons(spec: Spec, dtypes: Sequence[torch.dtype] = (torch.float32,), device: str = "cpu",
+            requires_grad: bool = False, operand_grad: bool = False) -> list[str]:
+    """Why generated C++ does not compute the Spec, for inputs of these dtypes on this device;
+    empty where it does."""
+    found = list(spec_reasons(spec))
+    if device != "cpu":
+        found.append(f"device must be cpu, got {device}")
+    found += [f"dtype must be float32, bfloat16 or float16, got {d}" for d in dict.fromkeys(dtypes)
+              if d not in _ELEMENTS]
+    if requires_grad:
+        found.append("generated kernels are for inference, a gradient is asked for")
+    if not found and toolchain().why_not():
+        found.append(toolchain().why_not())
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
-def reasons(spec: Spec) -> tuple[str, ...]:
-    """Why generated C++ does not compute the Spec; empty where it does."""
+def spec_reasons(spec: Spec) -> tuple[str, ...]:
+    """Why generated C++ does not compute the Spec, whatever the inputs; empty where it does."""
     found = []
     if spec.mix_logits or spec.mix_weights:
         found.append("heads must not be mixed")
@@ -75,60 +96,87 @@ def rows_alike(spec: Spec) -> bool:
 class Attention:
     """A Spec as generated C++: `attention(query, key, value, operands)` -> out or None.
 
-    None means that these tensors are not for the kernel (another dtype, an empty length, integers
-    beyond 32 bits): the caller then computes them otherwise.
+    tile: of the kernel, (rows, keys, block rows, block vectors); () to choose it at each call, by
+    lengths. None means that these tensors are not for the kernel (another dtype, an empty length,
+    integers beyond 32 bits), or that ATen is faster: the caller then computes them otherwise.
     """
 
-    def __init__(self, spec: Spec, tile: Tile | None = None, target: Isa | None = None) -> None:
-        self.spec, self.tile, self.target = spec, tile or Tile(), target
-        self.possible = not reasons(spec)
-        self.parts = Parts.of(spec) if self.possible else None
-        nodes = list(spec.logits.walk()) + list(spec.mask.predicate().walk())
-        #: products of indices or sizes occur, which may grow as large as Q * K
-        self.products = any(n.op == "mul" and n.dtype == E.INT for n in nodes)
-        self.skips = spec.weights is E.weight and not (
-            "count" in (self.parts.statistics if self.parts else ()) and False)
+    def __init__(self, spec: Spec, tile: Sequence[int] = (), target: Isa | None = None) -> None:
+        self.spec, self.target = spec, target
+        self.tile = Tile(*tile) if len(tile) == 4 else None
+        self.possible = not spec_reasons(spec) and not toolchain().why_not()
+        self.skips = spec.weights is E.weight
+        self.kernels: dict[Any, Kernel | None] = {}
+        self.tiles: dict[Any, Tile | None] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
                  ) -> Tensor | None:
         if not self.possible or not self.takes(query, key, value, operands):
             return None
-        signature = signature_of(self.spec, query, key, value, operands)
-        try:
-            run = kernel(signature, self.tile, self.target)
-        except AttnOptError as error:
-            _warn_once(str(error))
+        tile = self.tile or self.chosen(query, key, value)
+        if tile is None:
             return None
-        return run(query, key, value, operands, lists=self.lists(query, key, value, operands))
+        run = self.kernel(tile, query, key, value, operands)
+        if run is None:
+            return None
+        return run(query, key, value, operands,
+                   lists=self.lists(query, key, value, operands, tile))
+
+    def kernel(self, tile: Tile, query: Tensor, key: Tensor, value: Tensor,
+               operands: Sequence[Tensor]) -> Kernel | None:
+        """The compiled kernel for these tensors; None, with a warning, where it has none."""
+        rank = max(query.dim(), key.dim(), value.dim())
+        known = (tile, query.dtype, query.shape[-1], value.shape[-1], rank,
+                 *((t.dtype, t.dim()) for t in operands))
+        if known not in self.kernels:
+            try:
+                self.kernels[known] = kernel(
+                    signature_of(self.spec, query, key, value, operands), tile, self.target)
+            except AttnOptError as error:
+                warn_once(str(error))
+                self.kernels[known] = None
+        return self.kernels[known]
+
+    def chosen(self, query: Tensor, key: Tensor, value: Tensor) -> Tile | None:
+        """The tile for these lengths, None where ATen is faster."""
+        from attnopt.kernels.choosing import Problem, schedule_of
+
+        threads = torch.get_num_threads()
+        lengths = query.shape, key.shape, value.shape, query.dtype, threads
+        if lengths not in self.tiles:
+            if len(self.tiles) >= _REMEMBERED:
+                self.tiles.clear()
+            schedule = schedule_of(Problem(
+                self.spec, tuple(query.shape), tuple(key.shape), tuple(value.shape), query.dtype,
+                threads=threads).rounded())
+            self.tiles[lengths] = Tile(*schedule.tile) if schedule.lowering == "cpp" else None
+        return self.tiles[lengths]
 
     def takes(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]) -> bool:
         """Whether the kernel computes these tensors."""
         if not (query.device.type == "cpu" and query.dtype in _ELEMENTS
                 and query.dtype == key.dtype == value.dtype):
             return False
-        if not (query.numel() and key.numel() and value.numel()) or max(
-                query.shape[-2], key.shape[-2]) > LARGEST:
-            return False
-        if self.products and query.shape[-2] * key.shape[-2] > LARGEST:
+        if not (query.numel() and key.numel() and value.numel()):
             return False
         leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        return all(_fits(o, t, leads, self.spec.score)
-                   for o, t in zip(self.spec.operands, operands, strict=True))
+        return all(_fits(o, t, leads) for o, t in zip(self.spec.operands, operands, strict=True)
+                   ) and integers.fits(self.spec, leads, query.shape[-2], key.shape[-2],
+                                       value.shape[-1], operands)
 
-    def lists(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
-              ) -> tuple[Tensor, Tensor] | None:
+    def lists(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
+              tile: Tile) -> tuple[Tensor, Tensor] | None:
         """The key tiles that every query tile visits, where the mask leaves some out."""
         predicate = self.spec.mask.predicate()
         rows, keys = query.shape[-2], key.shape[-2]
         if predicate is E.TRUE or not self.skips or rows * keys < _LISTED:
             return None
-        if not predicate.slots:
-            leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-            return _fixed_lists(predicate, rows, keys, self.tile.rows, self.tile.keys, leads)
         leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        if not predicate.slots:
+            return _fixed_lists(predicate, rows, keys, tile.rows, tile.keys, leads)
         named = {o.slot: t for o, t in zip(self.spec.operands, operands, strict=True)
                  if o.slot in predicate.slots}
-        return _lists(predicate, rows, keys, self.tile.rows, self.tile.keys, leads, named)
+        return _lists(predicate, rows, keys, tile.rows, tile.keys, leads, named)
 
 
 def _lists(predicate: Expr, rows: int, keys: int, block_q: int, block_k: int,
@@ -144,14 +192,10 @@ def _fixed_lists(predicate: Expr, rows: int, keys: int, block_q: int, block_k: i
         return _lists(predicate, rows, keys, block_q, block_k, leads, {})
 
 
-def _fits(described: Operand, tensor: Tensor, leads: tuple[int, ...], score: str) -> bool:
+def _fits(described: Operand, tensor: Tensor, leads: tuple[int, ...]) -> bool:
     """Whether a kernel reads this operand right: its type, its axes, its size."""
     if tensor.dtype not in DTYPES or tensor.device.type != "cpu" or not tensor.numel():
         return False
-    if tensor.dtype == torch.int64:
-        low, high = tensor.aminmax()
-        if low < -LARGEST or high > LARGEST:
-            return False
     if described.slot == "score_weight":
         return len(tensor.shape[:-1]) <= len(leads)
     if described.axes is None:
@@ -167,18 +211,25 @@ def _fits(described: Operand, tensor: Tensor, leads: tuple[int, ...], score: str
         tensor.shape[-1] == 1 or bool({"k", "d"}.intersection(described.axes)))
 
 
-def prepare(kernels: Sequence[tuple[Signature, Tile]], target: Isa | None = None) -> None:
-    """Compile the kernels of a model, in parallel; raises KernelError."""
+def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[Tensor]]], target: Isa | None = None
+            ) -> None:
+    """Compile the kernels of calls (Spec, Schedule, tensors), in parallel; raises KernelError."""
+    from attnopt.kernels.choosing import Problem, legal_tiles
+
     width = (target or isas()[0]).width
-    compile_all([source(signature, tile, width) for signature, tile in kernels], target)
+    wanted: dict[tuple[Signature, Tile], None] = {}
+    for spec, schedule, (query, key, value, *operands) in calls:
+        signature = signature_of(spec, query, key, value, operands)
+        tiles: Sequence[Sequence[int]] = [schedule.tile]
+        if len(schedule.tile) != 4:
+            tiles = legal_tiles(Problem(spec, tuple(query.shape), tuple(key.shape),
+                                        tuple(value.shape), query.dtype), few=True)
+        wanted.update(dict.fromkeys((signature, Tile(*t)) for t in tiles))
+    compile_all([source(signature, tile, width) for signature, tile in wanted], target)
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     logs.get("cpp").warning("a generated kernel could not be compiled, ATen computes it: %s",
                             message)
 
-
-def available() -> str:
-    """"" where C++ can be generated, else the reason."""
-    return toolchain().why_not()

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from attnopt.ir.spec import Operand, Spec, leading_axes
+from attnopt.ir.spec import Operand, Spec
 from attnopt.kernels.aten.tile import broadcast
 from attnopt.kernels.cpp.isa import Isa, isa
 from attnopt.kernels.cpp.template import ELEMENTS, Signature, Tile, source
@@ -23,8 +22,9 @@ from attnopt.kernels.cpp.toolchain import compile_all, load
 
 #: names of torch dtypes that kernels read
 DTYPES = {getattr(torch, name): name for name in ELEMENTS}
-#: integers inside of kernels have 32 bits
-LARGEST = 2**31 - 1
+#: the key tiles of every query tile: where they begin, int32 (*L or 1, query tiles + 1), and key
+#: tile * 2 + (1 where some of it may be hidden), int32
+Lists = tuple[Tensor, Tensor]
 
 
 class Kernel:
@@ -38,12 +38,13 @@ class Kernel:
         self.function.argtypes, self.function.restype = [ctypes.c_void_p], None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor] = (),
-                 *, lists: tuple[Tensor, Tensor] | None = None, lse: Tensor | None = None,
+                 *, lists: Lists | None = None, statistics: Tensor | None = None,
                  threads: int | None = None) -> Tensor:
         """query (*L, Q, D), key (*L, K, D), value (*L, K, Dv) -> (*L, Q, Dv).
 
-        lists: (row pointers int32 (*L or 1, query tiles + 1), key tile * 2 + partial int32); lse:
-        float32 (*L, Q) to be filled.
+        statistics: float32 (*L, Q, 2), to be filled with what turns logits x of a row into weights:
+        (shift, inverse) with weight = exp(x - shift) * inverse. Normalisers other than softmax have
+        shift 0 and the inverse of their sum.
         """
         spec = self.signature.spec
         leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
@@ -56,12 +57,8 @@ class Kernel:
         rank = len(leads)
         for tensor in (query, key, value, out):
             words += matrix(tensor, rank)
-        words += matrix(lse.unsqueeze(-1), rank) if lse is not None else [0] * (rank + 3)
-        if lists is None:
-            words += [0] * (rank + 2)
-        else:
-            pointers, tiles = lists
-            words += [pointers.data_ptr(), tiles.data_ptr(), *_strides(pointers, rank, 1)[:-1]]
+        words += matrix(statistics, rank)
+        words += tile_lists(lists, rank)
         for described, tensor in zip(spec.operands, operands, strict=True):
             words += operand(described, tensor, rank, (keys, value.shape[-1]))
         arguments = array("q", words)
@@ -78,9 +75,25 @@ def empty_like_fused(query: Tensor, shape: Sequence[int]) -> Tensor:
     return query.new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
-def matrix(tensor: Tensor, rank: int) -> list[int]:
+def log_sum_exp(statistics: Tensor) -> Tensor:
+    """The log-sum-exp (*L, Q) of statistics (*L, Q, 2); -inf where a row has no key."""
+    shift, inverse = statistics.unbind(-1)
+    return torch.where(shift == -torch.inf, -torch.inf, shift - inverse.log())
+
+
+def matrix(tensor: Tensor | None, rank: int) -> list[int]:
     """Address and strides (leading axes, row, column) of a tensor of at most rank + 2 axes."""
+    if tensor is None:
+        return [0] * (rank + 3)
     return [tensor.data_ptr(), *_strides(tensor, rank, 2)]
+
+
+def tile_lists(lists: Lists | None, rank: int) -> list[int]:
+    """The words of tile lists."""
+    if lists is None:
+        return [0] * (rank + 2)
+    pointers, tiles = lists
+    return [pointers.data_ptr(), tiles.data_ptr(), *_strides(pointers, rank, 1)[:-1]]
 
 
 def _strides(tensor: Tensor, rank: int, last: int) -> list[int]:

@@ -1,5 +1,5 @@
-// The forward kernel: one query tile at a time over its key tiles, with an online softmax or another
-// normaliser. A comment `//@name` is where the statements of a Spec go (see `template.py`).
+// The forward kernel: one query tile at a time over its key tiles, with an online softmax or
+// another normaliser. A comment `//@name` is where the statements of a Spec go (see `template.py`).
 //
 // Passes: ONLINE computes everything in one sweep. Where the epilogue of the weights needs
 // statistics of whole rows, STATISTICS finds those in a first sweep and WEIGHTS uses them.
@@ -12,7 +12,7 @@ struct Call {
   int32_t length[RANK + 1];
   int32_t own[RANK + 1];  // whether keys and values differ along a leading axis
   Matrix<T> q, k, v, out;
-  Matrix<float> lse;         // data is null where it is not asked for
+  Matrix<float> statistics;  // (*L, Q, 2): shift, inverse sum; null where they are not asked for
   const int32_t* list_rows;  // per query tile: where its key tiles begin; null: every key tile
   const int32_t* list;       // key tile * 2 + (1 where some of it may be hidden)
   int64_t list_lead[RANK + 1];
@@ -107,7 +107,7 @@ static void tile(const Call& call, const Entry& entry, Buffers& b, const int32_t
       (void)index_k;
       vf weight;
       if constexpr (SOFTMAX) {
-        weight = exp_of_weight(x[j] - shift);
+        weight = exp_of_weight(x[j] - shift, FAINT);
       } else {
         weight = NORMALIZE(x[j]);
         if constexpr (PARTIAL) weight = kept[j] ? weight : vf{};
@@ -189,7 +189,7 @@ static void sweep(const Call& call, const Entry& entry, Buffers& b, const int32_
   }
 }
 
-// What is left once the sums are known: sinks, division, empty rows, epilogue, log-sum-exp.
+// What is left once the sums are known: sinks, division, empty rows, epilogue, statistics.
 static void finish(const Call& call, const Entry& entry, Buffers& b) {
   const Place& place = entry.place;
   (void)place;
@@ -203,8 +203,10 @@ static void finish(const Call& call, const Entry& entry, Buffers& b) {
     if constexpr (RENORMALIZE) scale = 1.0f / b.total[i];
     for (int e = 0; e < DVP; e += W) store(o + e, load(o + e) * scale);
     if constexpr (SOFTMAX && !SINKS && EMPTY_ROW != EMPTY_NAN) {
-      const bool empty = EMPTY_ROW == EMPTY_ZERO ? b.shift[i] == -INF && b.sum[i] == 0 : !b.count[i];
+      const bool empty =
+          EMPTY_ROW == EMPTY_ZERO ? b.shift[i] == -INF && b.sum[i] == 0 : !b.count[i];
       if (empty) {
+        if (EMPTY_ROW == EMPTY_ZERO) b.inverse[i] = 0;
         memset(o, 0, 4 * DVP);
         if constexpr (EMPTY_ROW == EMPTY_UNIFORM) {
           const T* const v = call.v.at(place);
@@ -214,9 +216,11 @@ static void finish(const Call& call, const Entry& entry, Buffers& b) {
         }
       }
     }
-    const float lse = SOFTMAX ? (b.shift[i] == -INF ? -INF : b.shift[i] + std::log(b.sum[i]))
-                              : std::log(b.sum[i]);
-    if (call.lse.data) call.lse.at(place)[index_q * call.lse.row] = lse;
+    if (call.statistics.data) {
+      float* const to = call.statistics.at(place) + index_q * call.statistics.row;
+      to[0] = SOFTMAX ? b.shift[i] : 0.0f;
+      to[1] = SOFTMAX ? b.inverse[i] : 1.0f / b.sum[i];
+    }
     //@output_statistics
     //@output_row
     for (int e = 0; e < DVP; e += W) {
@@ -261,19 +265,10 @@ static void query_tile(const Call& call, Entry& entry, Buffers& b, int index) {
   finish(call, entry, b);
 }
 
-// The n-th combination of the leading axes along which keys do (own) or do not differ.
-static void place_of(const Call& call, int64_t n, bool own, Place& place) {
-  for (int a = RANK - 1; a >= 0; a--) {
-    if ((bool)call.own[a] != own) continue;
-    place.at[a] = (int32_t)(n % call.length[a]);
-    n /= call.length[a];
-  }
-}
-
 static void run(const Call& call) {
   const int key_tiles = (call.keys + BK - 1) / BK, query_tiles = (call.queries + BQ - 1) / BQ;
-  int64_t owners = 1, sharers = 1;
-  for (int a = 0; a < RANK; a++) (call.own[a] ? owners : sharers) *= call.length[a];
+  const int64_t owners = combinations(call.length, call.own, 1);
+  const int64_t sharers = combinations(call.length, call.own, 0);
   // Values that lie as a panel does are read where they are.
   const bool in_place = std::is_same<T, float>::value && DV == DVP && DVP <= NV * W &&
                         call.v.column == 1 && call.v.row == DV;
@@ -299,7 +294,7 @@ static void run(const Call& call) {
       for (int64_t n = 0; n < here * key_tiles; n++) {
         const int64_t c = n / key_tiles, t = n % key_tiles;
         Place place{};
-        place_of(call, first + c, true, place);
+        place_of(call.length, call.own, 1, first + c, place);
         const int count = call.keys - t * BK < BK ? (int)(call.keys - t * BK) : BK;
         if constexpr (SCORE != KEY)
           pack_columns(call.k, call.k.at(place) + t * BK * call.k.row, count, D,
@@ -313,8 +308,8 @@ static void run(const Call& call) {
       for (int64_t n = 0; n < tasks; n++) {
         const int64_t c = n / (sharers * query_tiles), rest = n % (sharers * query_tiles);
         Entry entry{};
-        place_of(call, first + c, true, entry.place);
-        place_of(call, rest / query_tiles, false, entry.place);
+        place_of(call.length, call.own, 1, first + c, entry.place);
+        place_of(call.length, call.own, 0, rest / query_tiles, entry.place);
         entry.packed_k = packed + c * k_size;
         entry.packed_v = packed_v + c * v_size;
         entry.v = in_place ? call.v.at(entry.place) : nullptr;
@@ -339,7 +334,7 @@ extern "C" void attention(const int64_t* words) {
   call.k.read(r);
   call.v.read(r);
   call.out.read(r);
-  call.lse.read(r);
+  call.statistics.read(r);
   call.list_rows = r.pointer<const int32_t>();
   call.list = r.pointer<const int32_t>();
   for (int a = 0; a < RANK; a++) call.list_lead[a] = r.word();

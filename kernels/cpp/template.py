@@ -1,9 +1,9 @@
 """Spec + tile -> the C++ source of one kernel.
 
-The source is `vectors.h`, `attention.h` and `forward.h` behind the constants of the Spec, with the
-statements of its expressions put in where a line says `//@name`. Lengths and strides are arguments;
-head dimensions, element types and the tile are constants, so that every loop of the inner products
-is unrolled.
+The source is `vectors.h`, `attention.h`, `products.h` and `forward.h` behind the constants of the
+Spec, with the statements of its expressions put in where a line says `//@name`. Lengths and strides
+are arguments; head dimensions, element types and the tile are constants, so that every loop of the
+inner products is unrolled.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Parts:
 
 def source(signature: Signature, tile: Tile, width: int) -> str:
     """The text of the kernel for vectors of `width` floats."""
-    return _Source(signature, tile, width).text()
+    return Source(signature, tile, width).text()
 
 
 @functools.lru_cache(maxsize=8)
@@ -96,7 +96,11 @@ def _file(name: str) -> str:
     return importlib.resources.files("attnopt.kernels.cpp").joinpath(name).read_text("utf-8")
 
 
-class _Source:
+class Source:
+    """The text of one kernel; the backward kernel is a subclass."""
+
+    files: tuple[str, ...] = ("attention.h", "products.h", "forward.h")
+
     def __init__(self, signature: Signature, tile: Tile, width: int) -> None:
         self.signature, self.tile, self.width = signature, tile, width
         self.spec = spec = signature.spec
@@ -122,7 +126,7 @@ class _Source:
 
     # -- the pieces -------------------------------------------------------------------------
     def text(self) -> str:
-        body = "".join(_file(name) for name in ("attention.h", "forward.h"))
+        body = "".join(_file(name) for name in self.files)
         blocks = self.blocks()
         left = {name for _, name in _MARKER.findall(body)} - set(blocks)
         if left:
@@ -151,6 +155,8 @@ class _Source:
             f"constexpr float ALPHA = {parts.alpha!r}f;" if "." in repr(parts.alpha)
             or "e" in repr(parts.alpha) else f"constexpr float ALPHA = {parts.alpha!r}.0f;",
             f"constexpr float SLACK = {0 if 'max' in parts.statistics else 5}.0f;",
+            # Weights below e^-64 change no sum, but their products are denormal, which is slow.
+            f"constexpr float FAINT = {-64 if spec.weights is E.weight else -87}.0f;",
             "enum { EMPTY_NAN, EMPTY_ZERO, EMPTY_UNIFORM };",
             f"constexpr int EMPTY_ROW = EMPTY_{spec.empty_row.upper()};",
             f"#define SCORE {spec.score.upper()}", f"#define NORMALIZE {normalize}",

@@ -242,8 +242,9 @@ INLINE vf exp2_of_negative(vf x) {
   const vi power = ((vi)shifted - (0x4b400000 - 127)) << 23;
   return exp2_fraction(x - n) * (vf)power;
 }
-// e^x for x < 88 at the price of 12 instructions: within 1.5 ulp, 1 at 0, 0 below 2^-126, NaN kept.
-INLINE vf exp_of_weight(vf x) {
+// e^x for x < 88 at the price of 12 instructions: within 1.5 ulp, 1 at 0, NaN kept, 0 for x below
+// `least`, which must be -87 or more.
+INLINE vf exp_of_weight(vf x, float least) {
   const float magic = 12582912.0f + 127.0f;  // leaves the biased exponent in the low bits
   const vf shifted = x * LOG2E + magic;
   const vf r = x * LOG2E - (shifted - magic);
@@ -254,7 +255,7 @@ INLINE vf exp_of_weight(vf x) {
   p = p * r + 0.693146978f;
   p = p * r + 1.0f;
   const vf y = p * (vf)((vi)shifted << 23);
-  return x < -87.0f ? vf{} : y;
+  return x < least ? vf{} : y;
 }
 INLINE vf exp2_any(vf x) {
   const vf half = x * 0.5f;  // in two factors, so that no power overflows before the result does

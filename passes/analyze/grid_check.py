@@ -20,11 +20,16 @@ from attnopt.passes.analyze.lift import Index, Lifted
 
 #: Grids larger than this are not compared.
 LARGEST = 2**22
+#: of a few float32 operations, relative to the largest value
+_ROUNDING = 1e-5
 
 
 def agrees(lifted: Lifted, node: fx.Node, idx: Index, values: Values,
-           lengths: Mapping[str, int | torch.SymInt]) -> bool | None:
-    """Whether the lift equals the node's values; None where it has none that can be had."""
+           lengths: Mapping[str, int | torch.SymInt], exact: bool = True) -> bool | None:
+    """Whether the lift equals the node's values; None where it has none that can be had.
+
+    Without `exact` float32 values may differ by their rounding.
+    """
     if values.sources(node) is None:
         return None
     symbols = captured_sizes(lengths, [node.meta["val"]])
@@ -49,7 +54,11 @@ def agrees(lifted: Lifted, node: fx.Node, idx: Index, values: Values,
     env = Env(shape, operands, sizes=sizes, dtype=torch.float64)
     wanted, got = (torch.as_tensor(evaluate(e, env), dtype=torch.float64).expand(shape)
                    for e in (E.load("value", *idx, dtype=kind), lifted.expr))
-    return bool(((wanted == got) | wanted.isnan() & got.isnan()).all())
+    same = (wanted == got) | wanted.isnan() & got.isnan()
+    if not exact:
+        largest = got.masked_fill(~got.isfinite(), 0.0).abs().max()
+        same |= (wanted - got).abs() <= _ROUNDING * largest
+    return bool(same.all())
 
 
 def captured_sizes(lengths: Mapping[str, Any], tensors: list[torch.Tensor]

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +25,7 @@ from attnopt.ir.mask import ALL, Mask
 from attnopt.passes.analyze.by_value import Values
 from attnopt.passes.analyze.grid_check import agrees
 from attnopt.passes.analyze.lift import Layout, Lifted, Lifter, Unliftable
-from attnopt.passes.analyze.logic import leaves_of, literals
+from attnopt.passes.analyze.logic import Logic, leaves_of, literals
 from attnopt.passes.analyze.mask_reading import Load, Reader
 from attnopt.passes.analyze.origins import Origins, Provenance
 from attnopt.passes.normalize import is_tensor, op_name
@@ -38,6 +39,7 @@ MASKING = -1e4
 #: … and at most this, its weights underflow to zero next to any finite score.
 UNDERFLOWS = -1e8
 Lengths = Mapping[str, int | torch.SymInt]
+AnyLifter = TypeVar("AnyLifter", bound=Lifter)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Analysis:
         self.graph, self.kind_of, self.value_of = graph, kind_of, value_of
         self.values = Values(kind_of, value_of)
         self.origins = Origins(kind_of)
-        self._lifters: dict[tuple[tuple[str, str], ...], Lifter] = {}
+        self._lifters: dict[tuple[object, ...], Lifter] = {}
         self._found: dict[tuple[object, ...], Finding] = {}
 
     def provenance(self, node: fx.Node) -> Provenance:
@@ -116,11 +118,7 @@ class Analysis:
         sizes = tuple(sorted((axis, str(n)) for axis, n in lengths.items()))
         key = (node, layout, role, sizes)
         if key not in self._found:
-            lifter = self._lifters.setdefault(sizes, Lifter(
-                self.graph, self.kind_of, self.value_of, lengths, self.values))
-            for n, axis in zip(node.meta["val"].shape, layout, strict=True):
-                if isinstance(axis, str):
-                    lifter.logic.alias(n, axis)
+            lifter = self.lifter(node, layout, lengths, Lifter)
             term = Term(node, layout, role)
             try:
                 self._found[key] = _Study(self, lifter, lengths).whole(term)
@@ -129,6 +127,19 @@ class Analysis:
                             exc_info=log.isEnabledFor(logging.DEBUG))
                 self._found[key] = self.carried(term, f"{type(error).__name__}: {error}")
         return self._found[key]
+
+    def lifter(self, node: fx.Node, layout: Layout, lengths: Lengths,
+               kind: type[AnyLifter]) -> AnyLifter:
+        """The lifter of all operands whose sites have these lengths, told those of `node`."""
+        key = (kind, *sorted((axis, str(n)) for axis, n in lengths.items()))
+        found = self._lifters.get(key)
+        if not isinstance(found, kind):
+            found = self._lifters[key] = kind(
+                self.graph, self.kind_of, self.value_of, lengths, self.values)
+        for n, axis in zip(node.meta["val"].shape, layout, strict=True):
+            if isinstance(axis, str):
+                found.logic.alias(n, axis)
+        return found
 
     def carried(self, term: Term, reason: str) -> Finding:
         return Finding(None, (term,), self.provenance(term.node), reason=reason)
@@ -160,7 +171,7 @@ class _Study:
             mask = mask & s.mask
             loads |= s.loads
         fills = [s.fill for s in proved if s.fill is not None]
-        kept = self.rows_kept([s.mask for s in proved if s.mask is not None])
+        kept = rows_kept(self.logic, [s.mask for s in proved if s.mask is not None])
         return Finding(
             mask, tuple(t for s in studies for t in s.rest), self.analysis.provenance(term.node),
             max(fills, default=None), self.exact(fills, kept, term.node), kept,
@@ -213,7 +224,7 @@ class _Study:
         reader = Reader(self.lifter, term.node)
         mask = reader.mask(keep)
         loads = {s: x for s, x in reader.loads.items() if s in mask.slots}
-        kept = self.rows_kept([mask], keep)
+        kept = rows_kept(self.logic, [mask], keep)
         exact = fills is None or self.exact(fills, kept, term.node)
         return Finding(mask, rest, self.analysis.provenance(term.node),
                        max(fills, default=None) if fills else None, exact, kept,
@@ -258,17 +269,6 @@ class _Study:
         return None
 
     # -- what follows -----------------------------------------------------------------------
-    def rows_kept(self, masks: list[Mask], keep: Expr | None = None) -> bool:
-        """Proves that every row keeps one key: the first, the last, its own, or its aligned one."""
-        last = self.logic.sub(self.logic.lengths["k"], E.const(1))
-        q, lead = E.index("q"), self.logic.sub(self.logic.lengths["k"], self.logic.lengths["q"])
-        places = [E.const(0), last]
-        if self.logic.nonneg(lead):
-            places += [q, self.logic.add(q, lead)]
-        predicates = [keep] if keep is not None else [m.predicate() for m in masks]
-        return any(all(self.logic.canonical(p.replace({E.index("k"): at})) is E.TRUE
-                       for p in predicates) for at in places)
-
     def exact(self, fills: list[float], rows_kept: bool, node: fx.Node) -> bool:
         """Whether dropping keys is the same as adding the fills."""
         if all(f == -math.inf for f in fills):
@@ -276,6 +276,18 @@ class _Study:
         least = torch.finfo(node.meta["val"].dtype).min / 2 \
             if node.meta["val"].dtype.is_floating_point else UNDERFLOWS
         return rows_kept and max(fills) <= max(UNDERFLOWS, least)
+
+
+def rows_kept(logic: Logic, masks: Sequence[Mask], keep: Expr | None = None) -> bool:
+    """Proves that every row keeps one key: the first, the last, its own, or its aligned one."""
+    last = logic.sub(logic.lengths["k"], E.const(1))
+    q, lead = E.index("q"), logic.sub(logic.lengths["k"], logic.lengths["q"])
+    places = [E.const(0), last]
+    if logic.nonneg(lead):
+        places += [q, logic.add(q, lead)]
+    predicates = [keep] if keep is not None else [m.predicate() for m in masks]
+    return any(all(logic.canonical(p.replace({E.index("k"): at})) is E.TRUE
+                   for p in predicates) for at in places)
 
 
 # -- parts ----------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Mask, Where
 from attnopt.ir.spec import leading_axes
+from attnopt.passes.analyze.lift import Layout
 from attnopt.passes.analyze.provenance import Analysis, Finding
-from attnopt.passes.canonical import Canonical
+from attnopt.passes.canonical import Canonical, Tensor
 from attnopt.passes.recognize.axes import length, product, resolve, settle
 from attnopt.rules import Decline
 
@@ -203,6 +204,18 @@ def _find(analysis: Analysis, canonical: Canonical, slot: str, role: str,
     """The finding for an operand, None where its layout has no name for the lift."""
     _describe(analysis, canonical, slot, facts)
     tensor = canonical.operands[slot]
+    named = named_layout(canonical, tensor)
+    if named is None:
+        return None
+    finding = analysis.operand(tensor.node, named[0], role, named[1])
+    if finding.mask is not None and facts.words[slot]:
+        facts.words[slot] += f": {finding.mask.describe()}"
+    return finding
+
+
+def named_layout(canonical: Canonical, tensor: Tensor) -> tuple[Layout, dict[str, Any]] | None:
+    """The layout of an operand by names of score axes, and the lengths of all of them; None where
+    a dimension or a length has no name."""
     names = (*leading_axes(len(canonical.result) - 2), "q", "k")
     target = [resolve(dim) for dim in tensor.target]
     known = _symbolic_lengths(canonical)
@@ -218,10 +231,7 @@ def _find(analysis: Analysis, canonical: Canonical, slot: str, role: str,
         if entry is False:
             return None
         layout.append(entry)
-    finding = analysis.operand(tensor.node, tuple(layout), role, lengths)
-    if finding.mask is not None and facts.words[slot]:
-        facts.words[slot] += f": {finding.mask.describe()}"
-    return finding
+    return tuple(layout), lengths
 
 
 def _symbolic_lengths(canonical: Canonical) -> dict[Any, torch.SymInt]:

@@ -55,13 +55,14 @@ def sizes_of(inputs: Sequence[Any]) -> Sizes:
                 lines.append(f"{expression} = {text}")
             else:
                 later.append((text, expression))
-    if not bound:
+    if not bound and not later:
         return Sizes({}, (), None)
     symbols = {str(s): _range(environment.var_to_range.get(s)) for s in bound}
     conditions = [f"{r.low} <= {s}" + ("" if r.high is None else f" <= {r.high}")
                   for s, r in symbols.items() if r.low > 0 or r.high is not None]
     printer = PythonPrinter()
-    conditions += [f"{text} == {printer.doprint(e)}" for text, e in later if e.free_symbols]
+    # A size that the trace came to fix is a number here, which no other check compares.
+    conditions += [f"{text} == {printer.doprint(e)}" for text, e in later]
     asked = dict.fromkeys(
         environment.replace(guard.expr) for guard in environment.guards)
     general = [printer.doprint(e) for e in asked

@@ -211,9 +211,10 @@ class Arranger:
                 self.lengths[size] = found
 
     def sizes(self, wanted: Sequence[Any]) -> list[Any]:
-        """Dimension lengths as arguments; one symbolic length may be left to torch as -1."""
+        """Dimension lengths as arguments; one symbolic length may be left to torch as -1, unless
+        there are no elements to tell it by."""
         unknown = [i for i, w in enumerate(wanted) if not isinstance(w, int)]
-        if len(unknown) == 1:
+        if len(unknown) == 1 and 0 not in wanted:
             return [-1 if i in unknown else w for i, w in enumerate(wanted)]
         return [self.length(w) for w in wanted]
 

@@ -47,7 +47,9 @@ def drop_shift(e: Expr, markers: Mapping[Expr, Marker]) -> Expr:
     not finite is NaN with the shift and without. Other shifts are left alone.
     """
     if e.op in ("sub", "add"):
-        for a, shift, sign in ((*e.args, 1), (*e.args[::-1], 1 if e.op == "add" else -1)):
+        left, right = e.args
+        swapped = 1 if e.op == "add" else -1
+        for a, shift, sign in ((left, right, 1), (right, left, swapped)):
             marker = markers.get(_core(shift, signed=False))
             if marker is None or marker.kind not in MAXIMA:
                 continue

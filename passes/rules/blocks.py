@@ -13,6 +13,8 @@ class RowBlocks(Rule):
     recognizes = "any pointwise logits and weights (softcap, sinks, sigmoid …) at inference"
 
     def match(self, region: Region) -> Match:
+        if "aten" not in region.lowerings:
+            raise Decline("backend leaves out aten")
         if region.authored == "sdpa":
             raise Decline("the author's own fused call, nothing to add")
         if region.training:

@@ -1,4 +1,4 @@
-"""Cost: a site that is too small for a rewrite to pay.
+"""Cost: what the cost model is asked about a site, and sites too small for a rewrite to pay.
 
 A fused call has a fixed price (its checks, its own set-up) that a few small matrix products do not
 have. Measured on a CPU, one thread, float32, head_dim 64, against the authors' compositions: below
@@ -13,10 +13,15 @@ import math
 
 import torch
 
+from attnopt import kernels
+from attnopt.cost import plain
+from attnopt.ir.spec import Spec
 from attnopt.rules import Decline, Region
 
 #: scores (leading axes * Q * K) from which a rewrite pays on a CPU in float32 and float64
 FEWEST_SCORES = 32_768
+#: take what a rule can take, whether it pays or not: for tests
+TAKE_ALL = False
 
 
 def pays(region: Region) -> None:
@@ -31,3 +36,19 @@ def pays(region: Region) -> None:
     if scores < FEWEST_SCORES:
         raise Decline(f"cost: {scores} scores are too few for a fused call to pay, "
                       f"{FEWEST_SCORES} are needed")
+
+
+def problem_of(region: Region, spec: Spec | None = None) -> kernels.Problem:
+    """A region, with another form of its Spec if given, as the cost model takes it; lengths that
+    are not known are those of the example."""
+    query, key, value = region.shapes
+    return kernels.Problem(spec or region.spec, query, key, value, region.dtypes[0],
+                           region.training, device=region.device)
+
+
+def construction(region: Region) -> float:
+    """Predicted seconds in which the author makes the tensors that the inlined form does without.
+    """
+    each, fresh = (plain.COEFFICIENTS[name] for name in ("dense.pass", "dense.far"))
+    total = sum(n * (each + (fresh if 4 * n >= plain.FRESH else 0.0)) for n in region.saved)
+    return 1e-9 * total / torch.get_num_threads()

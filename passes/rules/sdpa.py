@@ -18,6 +18,8 @@ class FusedSoftmax(Rule):
     recognizes = "softmax(scale * q·k + bias + mask) v, however it is spelled"
 
     def match(self, region: Region) -> Match:
+        if "aten" not in region.lowerings:
+            raise Decline("backend leaves out aten")
         if region.authored == "sdpa" and not region.gained:
             raise Decline("the author's own fused call, nothing to add")
         reasons = kernels.reasons(

@@ -10,8 +10,8 @@ from attnopt.ir import expr as E
 from attnopt.ir.mask import Causal, KeyKeep
 from attnopt.ir.spec import Operand, Spec
 from attnopt.kernels import reference
-from attnopt.kernels.bind import bind
 from attnopt.kernels.aten.heads import collapse
+from attnopt.kernels.bind import bind
 from tests.kernels.cases import (
     CASES,
     PAD,

@@ -1,0 +1,117 @@
+"""Attention kernels on a CUDA device: every row beside eager code, SDPA, torch.compile, flex.
+
+Wall time with a wait for the device. The rows stand in the order of their worth: a run ends when
+its time is used up and says what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from attnopt.bench import summary
+from attnopt.bench.attentions import (
+    Alibi,
+    Attention,
+    Causal,
+    Neighborhood,
+    SlidingWindow,
+    Softcap,
+)
+from attnopt.bench.cpu import chosen
+from attnopt.bench.side_by_side import BASELINES, Case, run_case
+
+_FUSED = tuple(name for name in BASELINES if name != "eager")
+_LONG = 8192
+#: seconds that a row takes at least, compilers included; none is begun with less
+_ROW_S = 10.0
+
+
+def _row(name: str, make: Callable[[], Attention], length: int, head_dim: int = 128,
+         **more: Any) -> Case:
+    # Beyond this length the author's code would need tens of gigabytes for its scores.
+    baselines = BASELINES if length <= _LONG else _FUSED
+    return Case(f"{name} N{length} d{head_dim}", make, heads=16, length=length, head_dim=head_dim,
+                dtype=torch.bfloat16, baselines=baselines, **more)
+
+
+CASES = (
+    _row("dense", Attention, 4096),
+    _row("causal", Causal, 4096),
+    _row("sliding window", functools.partial(SlidingWindow, 1024), 8192),
+    _row("alibi", functools.partial(Alibi, 16), 4096),
+    _row("softcap", Softcap, 4096),
+    _row("neighbourhood", functools.partial(Neighborhood, 64, 64, 13), 4096, 64),
+    _row("training causal", Causal, 4096, training=True),
+    _row("training alibi", functools.partial(Alibi, 16), 4096, training=True),
+    _row("causal", Causal, 16384),
+    _row("dense", Attention, 16384),
+    _row("dense", Attention, 4096, 64),
+    _row("causal", Causal, 16384, 64),
+    _row("dense", Attention, 2048, 64),
+    _row("causal", Causal, 2048, 64),
+    _row("dense", Attention, 2048),
+    _row("causal", Causal, 2048),
+    _row("dense", Attention, 8192),
+    _row("causal", Causal, 8192),
+    _row("grouped queries causal", Causal, 8192, kv_heads=4),
+    _row("dense", Attention, 16384, 64),
+)
+#: seven short rows, to see that everything runs
+QUICK = tuple(_row(name, make, 256, 64, **more) for name, make, more in (
+    ("dense", Attention, {}), ("causal", Causal, {}),
+    ("sliding window", functools.partial(SlidingWindow, 64), {}),
+    ("alibi", functools.partial(Alibi, 16), {}), ("softcap", Softcap, {}),
+    ("neighbourhood", functools.partial(Neighborhood, 16, 16, 5), {}),
+    ("training causal", Causal, {"training": True})))
+
+
+def measure(
+    optimize: Callable[..., Any],
+    *,
+    repeats: int | None = None,
+    compiled: bool | None = None,
+    quick: bool = False,
+    cases: Iterable[str] | None = None,
+    budget: float | None = None,
+    device: str = "cuda",
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Rows by name; empty, with a line that says so, where there is no such device.
+
+    As for the suite cpu. budget: seconds; a row that takes as long as the longest so far would is
+    not begun any more, None for no end. An interrupt ends the run with the rows so far.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        say("left out: this torch finds no CUDA device")
+        return {}
+    repeats = repeats or (3 if quick else 15)
+    compiled = not quick if compiled is None else compiled
+    end = time.monotonic() + budget if budget else float("inf")
+    rows: dict[str, Any] = {}
+    wanted = chosen(QUICK if quick else CASES, cases)
+    longest = _ROW_S
+    for done, case in enumerate(wanted):
+        begun = time.monotonic()
+        if end - begun < longest:
+            say(f"no time for: {', '.join(left.name for left in wanted[done:])}")
+            break
+        try:
+            row = run_case(case, optimize, device=device, repeats=repeats, compiled=compiled)
+        except torch.cuda.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            say(f"{case.name}: left out, {str(error).splitlines()[0]}")
+            continue
+        except KeyboardInterrupt:
+            say(f"interrupted at: {case.name}")
+            break
+        longest = max(longest, time.monotonic() - begun)
+        rows[case.name] = row
+        say(summary.line(case.name, row))
+    for line in summary.table(rows):
+        say(line)
+    return rows

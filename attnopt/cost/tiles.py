@@ -1,0 +1,165 @@
+"""Tiles that a mask visits: how many key tiles each query tile reads, and how many need the mask.
+
+Most masks are counted through `attnopt.ir.intervals`. A neighbourhood or a partition of a grid, cut
+into boxes of that grid, is the product of its axes, and so are its counts: a query box visits the
+product of what it visits along each axis. That costs the sum of the axes, so that many tile shapes
+can be compared.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnopt.ir import expr as E
+from attnopt.ir.intervals import EMPTY, FULL, PARTIAL, tile_states
+from attnopt.ir.mask import ALL, Mask, Neighborhood, Windows
+from attnopt.ir.mask_base import And
+from attnopt.ir.tiling import GridTile, Tiling, tile_count
+
+
+@dataclass(frozen=True)
+class TileCounts:
+    """Key tiles by query tile.
+
+    full, partial: int64 (*L or 1, query tiles): how many need no mask, how many need it
+    key_tiles:     all key tiles of a row
+    """
+
+    full: Tensor
+    partial: Tensor
+    key_tiles: int
+
+    @property
+    def visited(self) -> Tensor:
+        return self.full + self.partial
+
+    @property
+    def worst(self) -> int:
+        """Most key tiles that a query tile visits."""
+        return int(self.visited.max()) if self.visited.numel() else 0
+
+    @property
+    def total(self) -> int:
+        """Pairs of tiles, of all leading entries that are counted apart."""
+        return self.visited.numel() * self.key_tiles
+
+    @property
+    def density(self) -> float:
+        """Share of the pairs of tiles that is visited."""
+        return int(self.visited.sum()) / max(self.total, 1)
+
+    @property
+    def full_share(self) -> float:
+        """Share of the visited tiles that needs no mask."""
+        return int(self.full.sum()) / max(int(self.visited.sum()), 1)
+
+    @property
+    def speedup(self) -> float:
+        """Dense over visited tiles, by the query tile that visits most: NATTEN's simulator."""
+        return self.key_tiles / max(self.worst, 1)
+
+    @property
+    def average_speedup(self) -> float:
+        return 1 / max(self.density, 1 / max(self.total, 1))
+
+
+def count_tiles(mask: Mask, queries: int, keys: int, tile_q: Tiling, tile_k: Tiling,
+                leading: Sequence[int] = (), operands: Mapping[str, Tensor] | None = None,
+                *, tail: bool = False) -> TileCounts:
+    """Tiles that `mask` visits; operands that are not given are taken to hide no whole tile.
+
+    tile_q, tile_k: tokens of a tile, or boxes of a grid (`GridTile`)
+    tail: a key tile that the end of the keys cuts off needs a mask, as it does in most kernels
+    """
+    columns = tile_count(tile_k, keys)
+    if mask == ALL:
+        cut = _cut(tile_k, keys).sum() if tail else 0
+        shape = (*[1] * len(leading), tile_count(tile_q, queries))
+        partial = torch.zeros(shape, dtype=torch.int64) + cut
+        return TileCounts(columns - partial, partial, columns)
+    axes = axis_states(mask, queries, keys, tile_q, tile_k)
+    if axes is not None:
+        visited = _outer([(states != EMPTY).sum(-1) for states in axes])
+        if tail and isinstance(tile_k, GridTile):
+            for states, n, t in zip(axes, tile_k.length, tile_k.shape, strict=True):
+                states.masked_fill_(_cut(t, n) & (states == FULL), PARTIAL)
+        full = _outer([(states == FULL).sum(-1) for states in axes])
+        return TileCounts(full, visited - full, columns)
+    states = tile_states(mask.predicate(), queries, keys, tile_q, tile_k, leading, operands,
+                         missing=True)
+    if tail:
+        cut = _cut(tile_k, keys).to(states.device)
+        states = states.masked_fill(cut & (states == FULL), PARTIAL)
+    return TileCounts((states == FULL).sum(-1), (states == PARTIAL).sum(-1), columns)
+
+
+def _cut(tiling: Tiling, tokens: int) -> Tensor:
+    """bool (tiles,): those that the end of an axis cuts off."""
+    grid = tiling if isinstance(tiling, GridTile) else GridTile((tokens,), (tiling,))
+    cut = torch.zeros(1, dtype=torch.bool)
+    for n, t in zip(grid.length, grid.shape, strict=True):
+        own = torch.arange(1, -(-n // t) + 1) * t > n
+        cut = (cut[:, None] | own).flatten()
+    return cut
+
+
+def axis_states(mask: Mask, queries: int, keys: int, tile_q: Tiling, tile_k: Tiling,
+                ) -> list[Tensor] | None:
+    """Per grid axis int8 (query tiles, key tiles); None where the mask is no product of axes.
+
+    A pair of boxes is EMPTY where one axis is, FULL where all are, PARTIAL otherwise.
+    """
+    if not isinstance(tile_q, GridTile) or not isinstance(tile_k, GridTile):
+        return None
+    parts = mask.masks if isinstance(mask, And) else (mask,)
+    grids = [_axes(part, queries, keys) for part in parts]
+    known = [grid for grid in grids if grid is not None]
+    lengths = (tile_q.length, tile_k.length)
+    if len(known) != len(grids) or any(grid[1:] != lengths for grid in known):
+        return None
+    found: list[Tensor] = []
+    for axis, (n, m) in enumerate(zip(*lengths, strict=True)):
+        states = [tile_states(grid[0][axis].predicate(), n, m, tile_q.shape[axis],
+                              tile_k.shape[axis]) for grid in known]
+        found.append(functools.reduce(torch.minimum, states))  # EMPTY < PARTIAL < FULL: `and`
+    return found
+
+
+def _axes(mask: Mask, queries: int, keys: int,
+          ) -> tuple[list[Mask], tuple[int, ...], tuple[int, ...]] | None:
+    """(masks along each axis, lengths of the queries' grid, of the keys')."""
+    if not isinstance(mask, Neighborhood | Windows):
+        return None
+    inside = math.prod(n for n in mask.length[1:] if n is not None)
+    own = [tuple(tokens // inside if n is None else n for n in mask.length)
+           for tokens in (queries, keys)]
+    if isinstance(mask, Windows):
+        if any(w.has("size") for w in mask.window):
+            return None
+        return [Windows((w,)) for w in mask.window], own[0], own[1]
+    axes: list[Mask] = [
+        Neighborhood((w,), (s,), (d,), (c,), (n,)) for w, s, d, c, n in zip(
+            mask.window, mask.stride, mask.dilation, mask.causal, own[0], strict=True)]
+    return axes, own[0], own[1]
+
+
+def _outer(counts: Sequence[Tensor]) -> Tensor:
+    """Products of one entry per axis, over all query boxes in row-major order."""
+    return functools.reduce(lambda a, b: (a[:, None] * b).flatten(), counts)
+
+
+def ideal_density(mask: Mask, queries: int, keys: int) -> float | None:
+    """Share of the scores that a neighbourhood or a partition keeps, None for another mask."""
+    if isinstance(mask, Neighborhood):
+        if any(mask.causal):
+            return None
+        return math.prod(mask.window) / max(keys, 1)
+    if isinstance(mask, Windows) and all(w.op == "const" for w in mask.window):
+        return min(1.0, math.prod(int(w.value) for w in mask.window) / max(keys, 1))
+    return 1.0 if mask.predicate() is E.TRUE else None

@@ -1,0 +1,193 @@
+"""Which lowering and tile a Spec gets at given shapes: the cost model asked about this machine.
+
+    estimates(problem)     every legal candidate with its predicted time, the best first
+    original(problem, ..)  the predicted time of what the author has
+    tile_of(problem)       the best tile of the generated kernel, for calls with an open tile
+
+Where lengths change from call to call, they are rounded to few steps and tiles come from a short
+list, so that neither choices nor compiled kernels pile up.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from attnopt.cost import cpu_tiles as tiles
+from attnopt.cost import plain
+from attnopt.cost.choose import Candidate, Choice, Estimate, choose
+from attnopt.cost.devices import Cpu, Device, Gpu, find_cpu, find_gpu
+from attnopt.cost.tiles import count_tiles
+from attnopt.cost.work import ITEM_SIZE, Work, work_of
+from attnopt.environment import processor
+from attnopt.errors import AttnOptError
+from attnopt.ir.mask import Causal, Mask
+from attnopt.ir.spec import Schedule, Spec
+from attnopt.kernels import cache
+from attnopt.kernels.aten.choose import can_block
+from attnopt.kernels.aten.sdpa import plan
+from attnopt.kernels.cpp.isa import isa
+from attnopt.kernels.triton import tiles as triton_tiles
+
+#: tiles (rows, keys) that calls of any length choose from, for a register block of this machine
+FEW = ((24, 64), (48, 64), (96, 64))
+#: blocks of torch's flash attention on a CPU: (from so many queries, rows), and keys
+TORCH_ROWS, TORCH_KEYS = ((768, 256), (192, 64), (0, 32)), 512
+#: seconds of a call outside of what the models predict: its checks and its arguments
+HANDLING = {"cpp": 5e-5, "aten:sdpa": 2e-5, "aten:blocks": 5e-5, "aten:dense": 4e-5}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A Spec at shapes query (*L, Q, D), key (*L, K, D), value (*L, K, Dv) on one device.
+
+    grads: gradients will be asked for; threads: that a call may use, 0 for torch's number;
+    device: "cpu" or "cuda"
+    """
+
+    spec: Spec
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    grads: bool = False
+    threads: int = 0
+    device: str = "cpu"
+
+    @property
+    def work(self) -> Work:
+        name = str(self.dtype).removeprefix("torch.")
+        return work_of(self.spec, self.query, self.key, self.value,
+                       name if name in ITEM_SIZE else "float32", self.grads)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        return tuple(torch.broadcast_shapes(self.query[:-2], self.key[:-2], self.value[:-2]))
+
+    def rounded(self) -> Problem:
+        """The same with lengths of few steps, four to each doubling."""
+        def step(n: int) -> int:
+            unit = max(1, 1 << max(0, n.bit_length() - 3))
+            return -(-n // unit) * unit
+
+        def shape(s: tuple[int, ...]) -> tuple[int, ...]:
+            return (*map(step, s[:-1]), s[-1])
+
+        return replace(self, query=shape(self.query), key=shape(self.key),
+                       value=shape(self.value))
+
+
+@functools.cache
+def device(kind: str = "cpu") -> Device:
+    """Facts of this CPU or GPU: those that `attnopt calibrate` stored, or those shipped."""
+    try:
+        folder = cache.directory()
+    except AttnOptError:
+        folder = None
+    if kind == "cpu":
+        return find_cpu(processor()["model"], isa().name, os.cpu_count() or 1, folder)
+    return find_gpu(torch.cuda.get_device_name(), architecture(), folder)
+
+
+def architecture() -> str:
+    """The current GPU's: "sm_90", "gfx942" …"""
+    properties = torch.cuda.get_device_properties()
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.lru_cache(maxsize=1024)
+def estimates(problem: Problem, lowerings: tuple[str, ...], few: bool = False) -> Choice:
+    """Predicted times of the lowerings ("cpp", "aten:sdpa" …) with every tile that they may have.
+
+    few: only tiles that serve calls of any length
+    """
+    spec, found = problem.spec, []
+    for lowering in lowerings:
+        if lowering in ("cpp", "triton"):
+            found += [Candidate(lowering, tile) for tile in legal_tiles(problem, few)]
+        else:
+            found.append(Candidate(lowering, density=_density(spec.mask, problem, lowering)))
+    choice = choose(found, problem.work, spec.mask, device(problem.device), _threads(problem),
+                    leading=problem.leading)
+    table = sorted((replace(e, seconds=e.seconds + HANDLING.get(e.candidate.lowering, 0.0))
+                    for e in choice.table), key=lambda e: (e.candidate.lowering != (
+                        choice.best.candidate.lowering if choice.best else ""), e.seconds))
+    return Choice(_best(choice, table), tuple(table))
+
+
+def _best(choice: Choice, table: list[Estimate]) -> Estimate | None:
+    """The chosen tile of the lowering that is best with its handling."""
+    legal = [e for e in table if not e.reason]
+    if not legal or choice.best is None:
+        return None
+    fastest = min(legal, key=lambda e: e.seconds)
+    if fastest.candidate.lowering != choice.best.candidate.lowering:
+        return fastest
+    return next(e for e in legal if e.candidate == choice.best.candidate)
+
+
+@functools.lru_cache(maxsize=1024)
+def original(problem: Problem, authored: str) -> float:
+    """Predicted seconds of the author's own code, "sdpa" or a "composition"."""
+    kind = "sdpa" if authored == "sdpa" else "dense"
+    density = _density(problem.spec.mask, problem, "aten:sdpa") if authored == "sdpa" else 1.0
+    machine = device(problem.device)
+    if isinstance(machine, Cpu):
+        return plain.seconds(machine, problem.work, kind, density, _threads(problem))
+    candidate = Candidate(f"aten:{kind}", density=density)
+    best = choose([candidate], problem.work, problem.spec.mask, machine).best
+    return best.seconds if best else math.inf
+
+
+def aten_lowering(spec: Spec, dtype: torch.dtype, grads: bool) -> str:
+    """What the Spec gets where nothing is generated."""
+    if plan(spec) is not None:
+        return "aten:sdpa"
+    return "aten:dense" if grads or not can_block(spec, dtype) else "aten:blocks"
+
+
+def legal_tiles(problem: Problem, few: bool) -> list[tuple[int, ...]]:
+    """Tiles of the generated kernel; on a GPU that was not calibrated, its default alone."""
+    cpu = device(problem.device)
+    if isinstance(cpu, Gpu):
+        shape = (architecture(), problem.query[-1], problem.value[-1], problem.work.item)
+        found = [triton_tiles.default(*shape)] if few or not cpu.calibrated else (
+            triton_tiles.candidates(*shape))
+        return [(t.rows, t.keys, t.warps, t.stages) for t in found]
+    every = tiles.cpu_tiles(cpu, problem.query[-2], problem.key[-2])
+    if not few:
+        return list(every)
+    block = tiles.register_blocks(cpu.registers)[0]
+    rows = sorted({-(-r // block[0]) * block[0] for r, _ in FEW})
+    return [(r, FEW[0][1], *block) for r in rows]
+
+
+@functools.lru_cache(maxsize=4096)
+def schedule_of(problem: Problem) -> Schedule:
+    """What a call of any length is computed with; `problem` should be `rounded`."""
+    spec = problem.spec
+    choice = estimates(problem, ("cpp", aten_lowering(spec, problem.dtype, problem.grads)), True)
+    assert choice.best is not None
+    return Schedule(choice.best.candidate.lowering, tuple(choice.best.candidate.tile))
+
+
+def _threads(problem: Problem) -> int:
+    return problem.threads or torch.get_num_threads()
+
+
+def _density(mask: Mask, problem: Problem, lowering: str) -> float:
+    """The share of the scores that torch computes: what is_causal hides is skipped by its blocks,
+    nothing else is."""
+    queries, keys = problem.query[-2], problem.key[-2]
+    if lowering != "aten:sdpa" or mask != Causal() or not queries or not keys:
+        return 1.0
+    rows = next(r for n, r in TORCH_ROWS if queries >= n)
+    counts = count_tiles(mask, queries, keys, rows, TORCH_KEYS)
+    visited = int((counts.full + counts.partial).sum())
+    return min(1.0, visited * TORCH_KEYS / (counts.full.numel() * keys))

@@ -1,0 +1,274 @@
+// The backward kernel: gradients of query, key, value and of operands that broadcast in the logits.
+//
+//     S  = Q K^T                    raw scores, once more
+//     P  = exp(logits(S) - shift)   times the inverse sum, which is put into dO and delta instead
+//     dP = dO V^T                   delta = rows' sums of dO * O
+//     dX = P * (dP - delta)         gradient of the logits
+//     dS = dX * d logits / d score
+//     dV += P^T dO,  dK += dS^T Q,  dQ += dS K,  d operand += dX * d logits / d operand
+//
+// One task owns the keys and values of some leading axes, so that nothing is added to by two
+// threads: it goes over all query tiles that meet them, and each over its key tiles. A comment
+// `//@name` is where the statements of a Spec go (see `template_backward.py`).
+enum { SHARED, LOOPED, SPLIT };  // roles of leading axes: keys do not, or do differ along it
+
+//@operands
+
+//@gradients
+
+struct Call {
+  int32_t threads, queries, keys;
+  int32_t length[RANK + 1];
+  int32_t role[RANK + 1];  // tasks differ along SPLIT axes
+  Matrix<T> q, k, v, out, grad;
+  Matrix<float> statistics;           // (*L, Q, 2): shift, inverse sum
+  Matrix<T> grad_q, grad_k, grad_v;   // data is null where it is not asked for
+  const int32_t *list_rows, *list;    // as in the forward kernel
+  int64_t list_lead[RANK + 1];
+  Operands operands;
+  Gradients gradients;
+};
+
+// Of one thread: a query tile, and all keys and values of one owner.
+struct Buffers {
+  alignas(64) float q[BQ * DP];
+  alignas(64) float grad[BQ * DVP];  // dO times the inverse sums
+  alignas(64) float grad_q[BQ * DP];
+  alignas(64) float out[DVP];     // a row
+  alignas(64) float s[BQ * BK];   // S, then P
+  alignas(64) float ds[BQ * BK];  // dP, then dS
+  alignas(64) vf lanes[GRADIENTS + 1][BQ];  // gradients that are summed over keys, by lane
+  float shift[BQ], delta[BQ];
+  bool spoiled;  // a row has NaN for weights
+  float *k_columns, *v_columns, *k_rows;  // packed; dS K reads k_rows or k
+  float *grad_k, *grad_v;
+  const float* k;
+};
+
+// -- gradients of operands -----------------------------------------------------------------------
+// Adds to W neighbours of a row of an operand's gradient, as far as there are keys.
+static __attribute__((noinline)) void add_first(float* to, int32_t count, vf x) {
+  for (int l = 0; l < count; l++) to[l] += x[l];
+}
+template <bool PARTIAL> INLINE void add_lanes(float* row, int32_t first, int32_t keys, vf x) {
+  if (!PARTIAL || first + W <= keys) store(row + first, load(row + first) + x);
+  else add_first(row + first, keys - first, x);
+}
+
+// Adds the sums over keys of the rows of a query tile.
+static void add_rows(const Matrix<float>& gradient, const Place& place, const vf* lanes,
+                     int32_t first, int32_t rows) {
+  float* const to = gradient.at(place);
+  if (gradient.row) {
+    for (int i = 0; i < rows; i++) to[(first + i) * gradient.row] += sum_of_lanes(lanes[i]);
+  } else {
+    vf sum{};
+    for (int i = 0; i < rows; i++) sum += lanes[i];
+    *to += sum_of_lanes(sum);
+  }
+}
+
+// -- one tile ------------------------------------------------------------------------------------
+// Raw scores and dP of a tile become P and dS.
+template <bool PARTIAL>
+static void tile(const Call& call, const Place& place, Buffers& b, const int32_t first,
+                 const int32_t rows, const int32_t k0) {
+  //@names
+  //@head
+  //@gradient_head
+  for (int i = 0; i < rows; i++) {
+    const int32_t index_q = first + i;
+    (void)index_q;
+    float *const s = b.s + i * BK, *const ds = b.ds + i * BK;
+    const float shift = b.shift[i], delta = b.delta[i];
+    vi kept[NB];
+    //@row
+#pragma GCC unroll 16
+    for (int j = 0; j < NB; j++) {
+      const int32_t column = k0 + j * W;
+      const vi index_k = column + lanes();
+      (void)index_k;
+      const vf score = load(s + j * W);
+      //@cell
+      vf weight = exp_of_weight(vec(LOGIT) - shift, FAINT);
+      vf change = weight * (load(ds + j * W) - delta);
+      if constexpr (PARTIAL) {
+        kept[j] = index_k < size_k;
+        //@mask
+        weight = kept[j] ? weight : vf{};
+        change = kept[j] ? change : vf{};
+      }
+      store(s + j * W, weight);
+      //@gradient_cell
+      vf slope = change * SLOPE;
+      if constexpr (PARTIAL) slope = kept[j] ? slope : vf{};
+      store(ds + j * W, slope);
+    }
+    //@gradient_row
+  }
+  //@gradient_tile
+}
+
+// All key tiles of a query tile.
+static void sweep(const Call& call, const Place& place, Buffers& b, int32_t first, int32_t rows,
+                  const int32_t* listed) {
+  const bool to_q = call.grad_q.data, to_k = call.grad_k.data, to_v = call.grad_v.data;
+  const int tiles = (call.keys + BK - 1) / BK, blocks = (rows + MR - 1) / MR;
+  const int begin = listed ? listed[0] : 0, end = listed ? listed[1] : tiles;
+  for (int n = begin; n < end; n++) {
+    const int64_t t = listed ? call.list[n] >> 1 : n;
+    const int64_t after = n + 1 < end ? listed ? call.list[n + 1] >> 1 : n + 1 : t;
+    const int32_t k0 = (int32_t)t * BK;
+    const int count = call.keys - k0 < BK ? call.keys - k0 : BK;
+    const bool partial = count < BK || (listed ? call.list[n] & 1 : MASKED);
+    float* const grad_k = b.grad_k + t * BK * DP;
+    float* const grad_v = b.grad_v + t * BK * DVP;
+    const float* const k = (b.k ? b.k : b.k_rows) + t * BK * DP;
+    product<DOT, NB, false>(rows, b.q, DP, b.k_columns + t * BK * D, D, b.s, BK, D, nullptr,
+                            Ahead(b.v_columns + t * BK * DV, BK * DV, blocks));
+    product<DOT, NB, false>(rows, b.grad, DVP, b.v_columns + t * BK * DV, DV, b.ds, BK, DV,
+                            nullptr, Ahead(grad_v, BK * DVP, blocks));
+    if (partial) tile<true>(call, place, b, first, rows, k0);
+    else tile<false>(call, place, b, first, rows, k0);
+    if (to_v)
+      product<DOT, DVP / W, true, true, BK % MR>(BK, b.s, BK, b.grad, 0, grad_v, DVP, rows,
+                                                 nullptr, Ahead(grad_k, BK * DP, BK / MR));
+    if (to_k)
+      product<DOT, DP / W, true, true, BK % MR>(BK, b.ds, BK, b.q, 0, grad_k, DP, rows, nullptr,
+                                                Ahead(k, count * DP, BK / MR));
+    if (to_q)
+      product<DOT, DP / W, true>(rows, b.ds, BK, k, BK, b.grad_q, DP, count, nullptr,
+                                 Ahead(b.k_columns + after * BK * D, BK * D, blocks));
+  }
+}
+
+static void query_tile(const Call& call, const Place& place, Buffers& b, int index) {
+  const int32_t first = index * BQ;
+  const int32_t rows = call.queries - first < BQ ? call.queries - first : BQ;
+  pack_rows(call.q, call.q.at(place) + first * call.q.row, rows, BQ, D, b.q, DP, ALPHA);
+  pack_rows(call.grad, call.grad.at(place) + first * call.grad.row, rows, BQ, DV, b.grad, DVP,
+            1.0f);
+  const T* const out = call.out.at(place);
+  for (int i = 0; i < rows; i++) {
+    const float* const statistics = call.statistics.at(place) + (first + i) * call.statistics.row;
+    const float inverse = statistics[1];
+    float* const grad = b.grad + i * DVP;
+    pack_rows(call.out, out + (first + i) * call.out.row, 1, 1, DV, b.out, DVP, 1.0f);
+    vf delta{};
+    for (int e = 0; e < DVP; e += W) {
+      const vf x = load(grad + e) * inverse;
+      delta += x * load(b.out + e);
+      store(grad + e, x);
+    }
+    b.delta[i] = sum_of_lanes(delta);
+    b.shift[i] = statistics[0] == -INF ? 0.0f : statistics[0];
+    b.spoiled |= !(inverse <= std::numeric_limits<float>::max());
+  }
+  memset(b.grad_q, 0, sizeof b.grad_q);
+  memset(b.lanes, 0, sizeof b.lanes);
+  const int32_t* listed = call.list_rows;
+  if (listed) {
+    listed += index;
+    for (int a = 0; a < RANK; a++) listed += place.at[a] * call.list_lead[a];
+  }
+  sweep(call, place, b, first, rows, listed);
+  if (call.grad_q.data) {
+    T* const to = call.grad_q.at(place) + first * call.grad_q.row;
+    for (int i = 0; i < rows; i++) {
+      float* const from = b.grad_q + i * DP;
+      for (int e = 0; e < DP; e += W) store(from + e, load(from + e) * ALPHA);
+      write_row(to + i * call.grad_q.row, call.grad_q.column, from, D);
+    }
+  }
+  //@gradient_rows
+}
+
+// -- keys and values of one owner ----------------------------------------------------------------
+static void owner(const Call& call, Place& place, Buffers& b) {
+  const int key_tiles = (call.keys + BK - 1) / BK, query_tiles = (call.queries + BQ - 1) / BQ;
+  const T *const k = call.k.at(place), *const v = call.v.at(place);
+  // Keys that lie as a panel does are read where they are.
+  const bool in_place = std::is_same<T, float>::value && D == DP && DP <= NV * W &&
+                        call.k.column == 1 && call.k.row == D;
+  b.k = in_place ? (const float*)k : nullptr;
+  b.spoiled = false;
+  for (int64_t t = 0; t < key_tiles; t++) {
+    const int count = call.keys - t * BK < BK ? (int)(call.keys - t * BK) : BK;
+    const T* const from = k + t * BK * call.k.row;
+    pack_columns(call.k, from, count, D, b.k_columns + t * BK * D, BK);
+    pack_columns(call.v, v + t * BK * call.v.row, count, DV, b.v_columns + t * BK * DV, BK);
+    if (!in_place) pack_panels(call.k, from, count, BK, D, b.k_rows + t * BK * DP, DP);
+  }
+  memset(b.grad_k, 0, 4 * (size_t)key_tiles * BK * DP);
+  memset(b.grad_v, 0, 4 * (size_t)key_tiles * BK * DVP);
+  const int64_t sharers = combinations(call.length, call.role, SHARED);
+  for (int64_t n = 0; n < sharers; n++) {
+    place_of(call.length, call.role, SHARED, n, place);
+    for (int index = 0; index < query_tiles; index++) query_tile(call, place, b, index);
+  }
+  if (call.grad_k.data)
+    for (int64_t i = 0; i < call.keys; i++)
+      write_row(call.grad_k.at(place) + i * call.grad_k.row, call.grad_k.column,
+                b.grad_k + i * DP, D);
+  if (call.grad_v.data)
+    for (int64_t i = 0; i < call.keys; i++) {
+      float* const from = b.grad_v + i * DVP;
+      if (b.spoiled)
+        for (int e = 0; e < DV; e++) from[e] = NOT_A_NUMBER;
+      write_row(call.grad_v.at(place) + i * call.grad_v.row, call.grad_v.column, from, DV);
+    }
+}
+
+static void run(const Call& call) {
+  const int64_t keys = (call.keys + BK - 1) / BK * (int64_t)BK;
+  const int64_t tasks = combinations(call.length, call.role, SPLIT);
+  const int64_t looped = combinations(call.length, call.role, LOOPED);
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1 && tasks > 1)
+  {
+    const size_t own = (sizeof(Buffers) + 63) / 64 * 64;
+    char* const memory = (char*)aligned_alloc(
+        64, own + ((size_t)keys * 4 * (D + DV + 2 * DP + DVP) + 63) / 64 * 64);
+    Buffers& b = *(Buffers*)memory;
+    memset(&b, 0, sizeof b);
+    b.k_columns = (float*)(memory + own);
+    b.v_columns = b.k_columns + keys * D;
+    b.k_rows = b.v_columns + keys * DV;
+    b.grad_k = b.k_rows + keys * DP;
+    b.grad_v = b.grad_k + keys * DP;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; task++) {
+      Place place{};
+      place_of(call.length, call.role, SPLIT, task, place);
+      for (int64_t n = 0; n < looped; n++) {
+        place_of(call.length, call.role, LOOPED, n, place);
+        owner(call, place, b);
+      }
+    }
+    free(memory);
+  }
+}
+
+extern "C" void gradients(const int64_t* words) {
+  Reader r{words};
+  Call call;
+  call.threads = (int32_t)r.word();
+  call.queries = (int32_t)r.word();
+  call.keys = (int32_t)r.word();
+  for (int a = 0; a < RANK; a++) call.length[a] = (int32_t)r.word();
+  for (int a = 0; a < RANK; a++) call.role[a] = (int32_t)r.word();
+  call.q.read(r);
+  call.k.read(r);
+  call.v.read(r);
+  call.out.read(r);
+  call.grad.read(r);
+  call.statistics.read(r);
+  call.grad_q.read(r);
+  call.grad_k.read(r);
+  call.grad_v.read(r);
+  call.list_rows = r.pointer<const int32_t>();
+  call.list = r.pointer<const int32_t>();
+  for (int a = 0; a < RANK; a++) call.list_lead[a] = r.word();
+  //@read_operands
+  //@read_gradients
+  run(call);
+}

@@ -1,0 +1,154 @@
+"""Generated C++ under autograd: the forward keeps what its backward kernel needs.
+
+Saved are the inputs, the operands, the output and two numbers per row (see `Kernel.__call__`). When
+the graph of the gradient is asked for, or the gradient comes from functorch, the attention is
+composed from ATen once more, which differentiates at any order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import AttnOptError
+from attnopt.ir import expr as E
+from attnopt.ir.derivative import derivative
+from attnopt.ir.spec import Spec
+from attnopt.kernels import aten
+from attnopt.kernels.aten.state import call_state
+from attnopt.kernels.cpp.attention import Attention, warn_once
+from attnopt.kernels.cpp.call import Kernel, kernel, signature_of
+from attnopt.kernels.cpp.call_backward import Backward, backward
+from attnopt.kernels.cpp.isa import Isa, isa
+from attnopt.kernels.cpp.template import Parts, Tile
+
+_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
+#: of `is_grads_batched`, which functorch does not know of
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+@functools.lru_cache(maxsize=1024)
+def training_reasons(spec: Spec, wanted: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Why no backward kernel is generated for the Spec; empty where one is.
+
+    wanted: slots of operands whose gradient is asked for. What keeps the Spec from generated C++
+    altogether (`spec_reasons`) is not repeated.
+    """
+    found = []
+    if spec.score != "dot":
+        found.append(f"gradients need scores that are dot products, got {spec.score}")
+    if spec.normalizer != "softmax":
+        found.append(f"gradients need a softmax, got {spec.normalizer}")
+    if spec.sinks is not None:
+        found.append("gradients do not pass through sinks")
+    if spec.weights is not E.weight or spec.renormalize:
+        found.append("gradients do not pass through an epilogue of the weights")
+    if spec.output is not E.out:
+        found.append("gradients do not pass through an epilogue of the output")
+    if spec.empty_row == "uniform" and not spec.mask.row_always_kept():
+        found.append("gradients need rows without a key to be nan or zero")
+    if found:
+        return tuple(found)
+    scaled = Parts.of(spec).scaled
+    try:
+        derivative(scaled, E.score)
+    except ValueError as error:
+        found.append(f"the logits have no derivative: {error}")
+    for slot in wanted:
+        described = spec.operand(slot)
+        if described.axes is None or described.dtype != E.FLOAT:
+            found.append(f"operand {slot!r} must broadcast in the logits to have a gradient")
+            continue
+        try:
+            derivative(scaled, E.load(slot))
+        except ValueError as error:
+            found.append(f"the logits have no derivative in {slot!r}: {error}")
+    return tuple(found)
+
+
+def backward_tile(spec: Spec, target: Isa | None = None) -> Tile:
+    """The tile of the backward kernel: many rows, because each row tile reads and writes the
+    gradients of all keys; fewer where a mask leaves tiles out."""
+    rows = 96 if spec.mask.predicate() is E.TRUE else 48
+    return Tile(rows, 64, 6, 4 if (target or isa()).registers >= 32 else 2)
+
+
+class Training:
+    """A Spec as generated C++ where autograd records: (query, key, value, operands) -> out or None.
+
+    None means that these tensors are not for the kernels: the caller then computes them otherwise.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        self.attention, self.spec = attention, attention.spec
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
+                 ) -> Tensor | None:
+        attention = self.attention
+        described = self.spec.operands
+        wanted = tuple(o.slot for o, t in zip(described, operands, strict=True) if t.requires_grad)
+        if not attention.possible or training_reasons(self.spec, wanted) or not all(
+                t.dtype in _GRADIENTS for t in operands if t.requires_grad):
+            return None
+        if not attention.takes(query, key, value, operands):
+            return None
+        tile = attention.tile or attention.chosen(query, key, value)
+        if tile is None:
+            return None
+        signature = signature_of(self.spec, query, key, value, operands)
+        try:
+            forward = kernel(signature, tile, attention.target)
+            gradients = backward(signature, wanted, backward_tile(self.spec, attention.target),
+                                 attention.target)
+        except AttnOptError as error:
+            warn_once(str(error))
+            return None
+        out: Tensor = _Attend.apply(attention, forward, gradients, query, key, value, *operands)
+        return out
+
+
+class _Attend(torch.autograd.Function):
+    """The two kernels as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx: Any, attention: Attention, forward: Kernel, gradients: Backward,
+                query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Tensor:
+        leads = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        statistics = torch.empty((*leads, query.shape[-2], 2), dtype=torch.float32, device="cpu")
+        out = forward(query, key, value, operands, statistics=statistics,
+                      lists=attention.lists(query, key, value, operands, forward.tile))
+        ctx.save_for_backward(query, key, value, out, statistics, *operands)
+        ctx.attention, ctx.gradients = attention, gradients
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, out, statistics, *operands = ctx.saved_tensors
+        attention, gradients = ctx.attention, ctx.gradients
+        inputs, needed = (query, key, value), ctx.needs_input_grad[3:]
+        grad = grads[0]
+        plain = call_state((grad, *inputs, *operands)) == "all" and not _is_batched(grad)
+        if not plain:
+            found = _composed(attention.spec, (*inputs, *operands), grad, needed)
+        else:
+            lists = attention.lists(query, key, value, operands, gradients.tile)
+            found = gradients(inputs, operands, out, statistics, grad, needed[:3], lists=lists)
+        return (None, None, None, *found)
+
+
+def _composed(spec: Spec, tensors: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+              ) -> list[Tensor | None]:
+    """The gradients from ATen, with a graph of their own where grad mode is on."""
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # The same tensors, so that the result is connected to them, under names of this graph.
+        views = [t.view_as(t) if want else t for t, want in zip(tensors, needed, strict=True)]
+        out = aten.bind(str(spec))(*views)
+        chosen = [v for v, want in zip(views, needed, strict=True) if want]
+        found = iter(torch.autograd.grad(out, chosen, grad, create_graph=graph,
+                                         allow_unused=True))
+    return [next(found) if want else None for want in needed]

@@ -1,0 +1,125 @@
+"""What the backward kernels share: the weights of a tile again, and the gradient of its logits."""
+
+from __future__ import annotations
+
+from attnopt.ir import expr as E
+from attnopt.ir.derivative import derivative
+from attnopt.ir.spec import Spec
+from attnopt.kernels.triton.body import Body
+from attnopt.kernels.triton.layout import Signature
+from attnopt.kernels.triton.plan import LOG2E, Plan
+from attnopt.kernels.triton.printer import TritonPrinter
+from attnopt.kernels.triton.steps import CONSTANTS
+
+
+def shared_axes(signature: Signature, columns: bool) -> tuple[str, ...]:
+    """Leading axes along which neither keys nor values vary, over which `grad_key` sums."""
+    if columns or signature.key != signature.value:
+        return ()
+    return tuple(a for a in signature.axes if a not in signature.key)
+
+
+class Backward(Body):
+    """The weights of a tile and the gradient of its logits.
+
+    `across`: the tile is transposed, keys by queries, as dK and dV want it
+    """
+
+    across = False
+
+    def __init__(self, spec: Spec, signature: Signature, name: str, title: str) -> None:
+        super().__init__(spec, signature, name, title, CONSTANTS)
+        self.plan = Plan(spec, signature)
+        self.slope = derivative(spec.logits, E.score)
+
+    def leaves(self, printer: TritonPrinter, slots: tuple[str, ...]) -> dict[str, str]:
+        """Print logits, mask, and the derivatives that are asked for; their names."""
+        k, spec = self.kernel, self.spec
+        names = {"x": k.cells(printer, self.plan.inside, self.shape)}
+        if spec.mask.predicate() is not E.TRUE:
+            names["keep"] = printer(spec.mask.predicate())
+        if self.slope.op != "const":
+            names["slope"] = printer(self.slope)
+        for slot in slots:
+            names[f"to_{slot}"] = printer(derivative(spec.logits, E.load(slot)))
+        return names
+
+    @property
+    def shape(self) -> str:
+        return "(BN, BM)" if self.across else "(BM, BN)"
+
+    def by_row(self, name: str) -> str:
+        return f"{name}[None, :]" if self.across else f"{name}[:, None]"
+
+    def row_values(self, depth: int = 0) -> None:
+        """What the forward kernel knows of the rows at hand."""
+        k = self.kernel
+        inside = f"mask=rows < {k.size('q')}, other=0.0"
+        if self.plan.softmax or self.spec.l1:
+            k.add([f"row_lse = tl.load(lse_here + rows, {inside})",
+                   f"row_delta = tl.load(delta_here + rows, {inside})"], depth)
+        if self.plan.softmax:
+            k.add([f"shift = row_lse * {LOG2E!r}",
+                   "shift = tl.where(row_lse == float('-inf'), float('inf'), shift)",
+                   "row_delta = tl.where(row_lse == float('-inf'), 0.0, row_delta)"], depth)
+        elif self.spec.l1:
+            k.add("inverse = tl.exp(-row_lse)", depth)
+
+    def row_pointers(self) -> None:
+        k = self.kernel
+        if self.plan.softmax or self.spec.l1:
+            k.add([f"lse_here = {k.here('lse', self.signature.axes)}",
+                   f"delta_here = {k.here('delta', self.signature.axes)}"])
+
+    def gradient(self, full: bool, names: dict[str, str], depth: int) -> None:
+        """`p`, what meets the values, and `dx`, from score and dw."""
+        k, plan = self.kernel, self.plan
+        k.add(f"x = {names['x']}", depth)
+        if not full:
+            k.add(f"keep = tl.broadcast_to({self.inside(names)}, {self.shape})", depth)
+        if plan.softmax:
+            k.add([f"p = tl.exp2(x * {plan.factor} - {self.by_row('shift')})"]
+                  + ([] if full else ["p = tl.where(keep, p, 0.0)"])
+                  + [f"dx = p * (dw - {self.by_row('row_delta')})"], depth)
+        else:
+            self.other_normalizer(full, depth)
+        if not full:
+            k.add("dx = tl.where(keep, dx, 0.0)", depth)
+
+    def other_normalizer(self, full: bool, depth: int) -> None:
+        k, spec = self.kernel, self.spec
+        leaf = E.load("x")
+        weight = leaf if spec.normalizer == "identity" else E.call(spec.normalizer, leaf)
+        printer = TritonPrinter(lambda slot: ("q", "k"), wide=self.signature.wide)
+        printer.prefix = "f"
+        printer.given(leaf, "x", "cell")
+        value, change = printer(weight), printer(derivative(weight, leaf))
+        k.add(printer.all(), depth)
+        k.uses(printer)
+        scale = f" * {self.by_row('inverse')}" if spec.l1 else ""
+        k.add(f"p = {value}{scale}" if full else f"p = tl.where(keep, {value}{scale}, 0.0)", depth)
+        inner = f"(dw - {self.by_row('row_delta')}){scale}" if spec.l1 else "dw"
+        k.add(f"dx = {change} * {inner}", depth)
+
+    def inside(self, names: dict[str, str]) -> str:
+        bounds = f"(k < {self.kernel.size('k')}) & (q < {self.kernel.size('q')})"
+        return f"{names['keep']} & {bounds}" if "keep" in names else bounds
+
+    def of_score(self, names: dict[str, str], depth: int) -> None:
+        if "slope" in names:
+            self.kernel.add(f"dx = dx * {names['slope']}", depth)
+
+    def times_slope(self, name: str) -> str:
+        constant = self.slope.value if self.slope.op == "const" else 1.0
+        return name if constant == 1.0 else f"{name} * {constant!r}"
+
+    def store(self, tensor: str, name: str, rows: str, axis: str, width: str,
+              axes: tuple[str, ...]) -> None:
+        """Store a matrix of a program's own rows."""
+        k = self.kernel
+        k.add(f"{tensor}_here = {k.here(tensor, axes)}")
+        k.add(f"channel = tl.arange(0, {width}P)[None, :]")
+        k.add(f"place = {tensor}_here + tl.cast(first, tl.int64) * {k.stride(tensor, axis)} + "
+              f"({rows} - first)[:, None] * {k.stride(tensor, axis)} + channel")
+        k.add(f"tl.store(place, tl.cast({name}, {tensor}.dtype.element_ty), "
+              f"mask=({rows}[:, None] < {k.size(axis)}) & (channel < {width}))")

@@ -1,0 +1,193 @@
+"""The gradient of one call: the backward kernels, and what is summed after them.
+
+A kernel gives the gradient of a tensor for every entry of the leading axes of the score, or of
+those that the tensor varies along; broadcasting is undone by a sum. Sinks have one term for each
+row, which needs no kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.ir.evaluate import Env, evaluate
+from attnopt.ir.spec import Spec
+from attnopt.kernels.triton.backward import backward, kinds
+from attnopt.kernels.triton.backward_body import shared_axes
+from attnopt.kernels.triton.launch import (
+    describable,
+    device_name,
+    launch,
+    precision,
+    ranks,
+    tiles_of,
+    with_lists,
+)
+from attnopt.kernels.triton.problem import Problem
+from attnopt.kernels.triton.tiles import ROW_TILE, Tile, gradient_tile, padded
+
+#: names of query, key and value in this order
+INPUTS = ("query", "key", "value")
+
+
+class Gradients:
+    """One backward pass.
+
+    wanted: names among query, key and value; slots: operands, whose gradient is asked for
+    """
+
+    def __init__(self, spec: Spec, problem: Problem, out: Tensor, lse: Tensor, grad: Tensor,
+                 wanted: Sequence[str], slots: Sequence[str], tile: Tile | None = None,
+                 descriptors: bool | None = None) -> None:
+        self.spec, self.wanted, self.slots = spec, set(wanted), tuple(slots)
+        self.kinds = kinds(spec, frozenset(slots), problem.signature.axes) or {}
+        self.tile, self.forced = tile, descriptors
+        grad = grad.contiguous()
+        axes = problem.signature.axes
+        matrix = {a: i - len(axes) - 2 for i, a in enumerate(axes)}
+        vector = {a: i - len(axes) - 1 for i, a in enumerate(axes)}
+        dims = dict(problem.dims) | {
+            "grad": matrix | {"q": -2, "d": -1}, "grad_query": matrix | {"q": -2, "d": -1},
+            "grad_key": matrix | {"k": -2, "d": -1}, "grad_value": matrix | {"k": -2, "d": -1},
+            "delta": vector | {"q": -1}}
+        for slot, kind in self.kinds.items():
+            dims[f"grad_{slot}"] = (matrix | {"q": -2, "k": -1} if kind == "tile" else
+                                    vector | {"q" if kind == "row" else "k": -1})
+        delta = torch.empty_like(lse)
+        self.problem = dataclasses.replace(
+            problem, dims=dims,
+            tensors=problem.tensors | {"out": out, "lse": lse, "grad": grad, "delta": delta})
+        self.rows = (*problem.leading, problem.sizes["q"])
+
+    def run(self) -> dict[str, Tensor]:
+        """Gradients by name: query, key, value, and operands by slot."""
+        spec, tensors = self.spec, self.problem.tensors
+        found: dict[str, Tensor] = {}
+        if spec.normalizer == "softmax" or spec.l1:
+            self.start("row_dots", "rows", {}, math.ceil(self.rows[-1] / ROW_TILE.rows)
+                       * self.problem.programs)
+        self.by_queries(found)
+        self.by_keys(found)
+        self.by_tiles(found)
+        self.of_sinks(found)
+        for name, gradient in found.items():
+            own = tensors.get(name if name in INPUTS else f"op_{name}")
+            assert own is not None
+            found[name] = gradient.sum_to_size(own.shape).to(own.dtype)
+        return found
+
+    def by_queries(self, found: dict[str, Tensor]) -> None:
+        rows = [s for s in self.slots if self.kinds.get(s) == "row"]
+        if "query" not in self.wanted and not rows:
+            return
+        query = self.problem.tensors["query"]
+        outputs = {"grad_query": self.empty((*self.rows, query.shape[-1]), query)}
+        outputs |= {f"grad_{s}": query.new_empty(self.rows, dtype=torch.float32) for s in rows}
+        tile = self.of("query")
+        self.start("grad_query", "query", outputs,
+                   math.ceil(self.rows[-1] / tile.rows) * self.problem.programs)
+        if "query" in self.wanted:
+            found["query"] = outputs["grad_query"]
+        found.update({s: outputs[f"grad_{s}"].unsqueeze(-1) for s in rows})
+
+    def by_keys(self, found: dict[str, Tensor]) -> None:
+        columns = [s for s in self.slots if self.kinds.get(s) == "column"]
+        if not self.wanted & {"key", "value"} and not columns:
+            return
+        problem = self.problem
+        shared = shared_axes(problem.signature, bool(columns))
+        own = tuple(1 if a in shared else n for a, n in zip(
+            problem.signature.axes, problem.leading, strict=True))
+        keys = problem.sizes["k"]
+        outputs = {}
+        for name in ("key", "value"):
+            tensor = problem.tensors[name]
+            outputs[f"grad_{name}"] = self.empty((*own, keys, tensor.shape[-1]), tensor)
+        outputs |= {f"grad_{s}": problem.tensors["query"].new_empty(
+            (*own, keys), dtype=torch.float32) for s in columns}
+        tile = self.of("key")
+        self.start("grad_key", "key", outputs, math.ceil(keys / tile.keys) * math.prod(own))
+        found.update({n: outputs[f"grad_{n}"] for n in ("key", "value") if n in self.wanted})
+        found.update({s: outputs[f"grad_{s}"].unsqueeze(-2) for s in columns})
+
+    def by_tiles(self, found: dict[str, Tensor]) -> None:
+        problem, tile = self.problem, self.of("operand")
+        for slot in self.slots:
+            if self.kinds.get(slot) != "tile":
+                continue
+            axes = self.spec.operand(slot).axes or ()
+            own = tuple(n if a in axes else 1 for a, n in zip(
+                problem.signature.axes, problem.leading, strict=True))
+            queries, keys = problem.sizes["q"], problem.sizes["k"]
+            operand = problem.tensors[f"op_{slot}"]
+            outputs = {f"grad_{slot}": self.empty((*own, queries, keys), operand)}
+            self.start(f"grad_{slot}", "operand", outputs,
+                       math.ceil(queries / tile.rows) * math.ceil(keys / tile.keys)
+                       * math.prod(own))
+            found[slot] = outputs[f"grad_{slot}"]
+
+    def of_sinks(self, found: dict[str, Tensor]) -> None:
+        """A sink takes part in the sum only: its logit's gradient is -w(sink) * delta."""
+        slots = [s for s in self.slots if self.kinds.get(s) == "sink"]
+        if not slots or self.spec.sinks is None:
+            return
+        problem = self.problem
+        shape = (*self.rows, 1)
+        named = {o.slot: problem.tensors[f"op_{o.slot}"] for o in self.spec.operands}
+        with torch.enable_grad():
+            own = {s: named[s].detach().float().requires_grad_() for s in slots}
+            logit = torch.as_tensor(evaluate(self.spec.sinks, Env(
+                shape, named | own, sizes={"k": problem.sizes["k"]}, device=self.rows_device)))
+            logit = logit.expand(shape)
+        lse, delta = (problem.tensors[n].unsqueeze(-1) for n in ("lse", "delta"))
+        change = -torch.exp(logit.detach() - lse) * delta
+        change = torch.where(lse == -torch.inf, 0.0, change)
+        for slot, gradient in zip(slots, torch.autograd.grad(
+                logit, [own[s] for s in slots], change), strict=True):
+            found[slot] = gradient
+
+    @property
+    def rows_device(self) -> torch.device:
+        return self.problem.tensors["query"].device
+
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A gradient in the dtype of its tensor; in float32 where it is summed after."""
+        whole = math.prod(shape) == like.numel()
+        return like.new_empty(shape, dtype=like.dtype if whole else torch.float32)
+
+    @functools.cache  # noqa: B019
+    def of(self, which: str) -> Tile:
+        if which == "rows":
+            return ROW_TILE
+        query, value = (self.problem.tensors[n] for n in ("query", "value"))
+        return self.tile or gradient_tile(device_name(query.device), query.shape[-1],
+                                          value.shape[-1], query.element_size(), which)
+
+    def start(self, name: str, which: str, outputs: dict[str, Tensor], programs: int) -> None:
+        """Launch one kernel of the module."""
+        spec, problem, tile = self.spec, self.problem, self.of(which)
+        by_rows = tiles_of(spec, problem, self.of("query"), "q")
+        by_keys = tiles_of(spec, problem, self.of("key"), "k")
+        source = backward(spec, with_lists(problem.signature, by_rows),
+                          with_lists(problem.signature, by_keys),
+                          tuple(s for s in self.slots if self.kinds.get(s) != "sink"))
+        blocks = {"query": {"key": tile.keys, "value": tile.keys},
+                  "key": {"query": tile.rows, "grad": tile.rows}}.get(which, {})
+        described = bool(blocks) and (
+            describable(problem, tuple(blocks)) if self.forced is None else self.forced)
+        query, value = problem.tensors["query"], problem.tensors["value"]
+        lists = by_keys if which == "key" else by_rows
+        fixed: dict[str, Any] = {
+            "TMA": described,
+            "BM": tile.rows, "BN": tile.keys, "STAGES": tile.stages,
+            "D": query.shape[-1], "DP": padded(query.shape[-1]), "V": value.shape[-1],
+            "VP": padded(value.shape[-1]), "PRECISION": precision(query.dtype, query.device),
+            "RAGGED": problem.sizes["k"] % tile.keys != 0, **ranks(spec, problem)}
+        more = outputs if lists is None else outputs | lists[1]
+        launch(source, name, problem, more, fixed, tile, programs, blocks)

@@ -1,0 +1,263 @@
+"""Operands that a kernel can compute: biases and masks that are index arithmetic.
+
+An operand that varies along both queries and keys, such as an ALiBi or a causal mask combined with
+padding, is lifted to the author's own arithmetic (`attnopt.passes.analyze.lift_floats`) and put
+into the logits, weights and mask of a second Spec, next to the one that carries it as a tensor.
+What the expression loads (slopes, positions, padding) becomes operands of that Spec; none of them
+varies along both axes. A kernel that evaluates expressions takes the second Spec: no queries x keys
+tensor is read, the author's construction of it is dead, and tiles that the mask hides are skipped.
+Every other lowering is better off with the tensor, which is made once for all layers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from attnopt.cost.work import instructions
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.ir.mask import ALL, Mask, Where
+from attnopt.ir.spec import Operand, Spec
+from attnopt.passes.analyze.grid_check import agrees
+from attnopt.passes.analyze.inline_masks import Computed, filled, in_mask, is_added
+from attnopt.passes.analyze.inline_operands import Operands
+from attnopt.passes.analyze.lift import Lifted, Unliftable, hint
+from attnopt.passes.analyze.lift_floats import FloatLifter, decides
+from attnopt.passes.analyze.logic import literals
+from attnopt.passes.analyze.mask_reading import Reader
+from attnopt.passes.analyze.provenance import Analysis, rows_kept
+from attnopt.passes.analyze.structure import LOW, named_layout
+from attnopt.passes.canonical import Canonical
+from attnopt.passes.normalize import is_tensor
+from attnopt.passes.recognize.program import INPUT, PARAMETER, Program
+
+log = logging.getLogger("attnopt.passes")
+
+#: vector instructions per score from which on an operand is cheaper to load
+DEAREST = 24.0
+_BOTH = frozenset("qk")
+_LOADED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+           torch.bool)
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """A second form of a site.
+
+    slots:  operands of the first form that the Spec of this one computes
+    guards: buffers and constants whose values were used for it
+    saved:  elements of the tensors that are not made then; one that several sites read counts for
+            each of them with its share
+    words:  for the report
+    """
+
+    canonical: Canonical
+    slots: tuple[str, ...]
+    guards: frozenset[str]
+    saved: tuple[float, ...]
+    words: str
+
+
+def inline(analysis: Analysis, program: Program, canonical: Canonical) -> Inlined | None:
+    """The form of a site in which operands that are index arithmetic are computed; None where
+    there is none."""
+    made = _Inlining(analysis, program, canonical)
+    for operand in canonical.spec.operands:
+        if operand.slot in canonical.operands and _BOTH <= set(operand.axes or ()):
+            try:
+                made.take(operand)
+            except LookupError as why:
+                log.debug("%s is carried as it is: %s", operand.slot, why)
+            except Exception as error:  # what is not found is no reason to fail
+                log.warning("the operand %s is carried as it is: %s", operand.slot, error,
+                            exc_info=log.isEnabledFor(logging.DEBUG))
+    return made.result() if made.taken else None
+
+
+@dataclass
+class _Inlining:
+    """The second form as it grows, operand by operand."""
+
+    analysis: Analysis
+    program: Program
+    canonical: Canonical
+    taken: dict[str, Lifted] = field(default_factory=dict)
+    guards: set[str] = field(default_factory=set)
+    interior: set[fx.Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.spec = self.canonical.spec
+        self.operands = Operands(self.canonical)
+
+    def take(self, operand: Operand) -> None:
+        """Compute `operand`. Raises LookupError where that is not possible or does not pay."""
+        slot, tensor = operand.slot, self.canonical.operands[operand.slot]
+        named = named_layout(self.canonical, tensor)
+        if named is None:
+            raise Unliftable("a dimension has no name")
+        layout, lengths = named
+        lifter = self.analysis.lifter(tensor.node, layout, lengths, FloatLifter)
+        idx = lifter.indices(layout)
+        lifted = lifter.lift(tensor.node, idx)
+        self.check(lifted)
+        if agrees(lifted, tensor.node, idx, self.analysis.values, lengths, exact=False) is False:
+            log.warning("the arithmetic of %s is not what it evaluates to", tensor.node.name)
+            raise Unliftable("its lift does not equal its own values")
+        interior = self.region(slot, set(lifted.loads.values()))
+        found = self.split(slot, lifter, lifted.expr)
+        operands = self.operands.copy()
+        whole, inner, keep = (operands.bind(lifter, e)
+                              for e in (lifted.expr, found.expr, found.keep))
+        if instructions(whole, Spec(operands=operands.described)) > DEAREST:
+            raise Unliftable("more arithmetic than a load costs")
+        changes = self.put(slot, inner)
+        if found.fill is not None:
+            changes["mask"] = self.spec.mask & self.mask(lifter, tensor.node, found.keep, keep)
+        elif slot in self.spec.mask.slots:
+            changes["mask"] = in_mask(
+                self.spec.mask, slot, whole, lifted.expr, lifter.logic,
+                lambda keep: self.named(lifter, tensor.node, keep, operands))
+        present = {o.slot for o in self.spec.operands}
+        self.spec = self.spec.with_(
+            [o for o in operands.described if o.slot not in present], **changes)
+        self.operands = operands
+        self.taken[slot] = lifted
+        self.guards |= lifted.guards
+        self.interior |= interior
+
+    # -- what may be taken ------------------------------------------------------------------
+    def check(self, lifted: Lifted) -> None:
+        """Nothing of queries x keys is loaded, and nothing that rounds decides."""
+        for node in lifted.expr.walk():
+            if node.op == "load":
+                along = frozenset().union(*(i.indices for i in node.args))
+                source = lifted.loads[node.value]
+                val = source.meta.get("val")
+                if not isinstance(val, torch.Tensor) or val.dtype not in _LOADED:
+                    raise Unliftable(f"{source.name} cannot be an operand")
+                if _BOTH <= along or any(i.has("load") for i in node.args):
+                    raise Unliftable(f"{source.name} is a table of queries x keys")
+            elif node.op == "const" and node.dtype == E.FLOAT and math.isnan(node.value):
+                raise Unliftable("holds nan")
+        if decides(lifted.expr):
+            raise Unliftable("a choice by what is rounded")
+
+    def region(self, slot: str, loads: set[fx.Node]) -> set[fx.Node]:
+        """The nodes between the loads and the operand, which the Spec computes in their place.
+
+        Raises Unliftable where a load may be overwritten by then, or where the author computed
+        without gradients what now would have one.
+        """
+        view, site = self.program.view, self.canonical.site
+        end = view.author[site.end]
+        inside: set[fx.Node] = set()
+        stack = [self.canonical.operands[slot].node]
+        if slot in site.operands:
+            stack.append(site.operands[slot].node)
+        read = set(loads)
+        while stack:
+            node = stack.pop()
+            if node in inside or node in loads:
+                continue
+            if node.op == "placeholder":
+                read.add(node)
+                continue
+            inside.add(node)
+            if isinstance(node.meta.get("val"), torch.SymInt):  # a size: its tensor is only asked
+                sizes = [a for a in node.all_input_nodes
+                         if isinstance(a.meta.get("val"), torch.Tensor)]
+                read.update(sizes)
+                stack.extend(a for a in node.all_input_nodes if a not in sizes)
+            else:
+                stack.extend(node.all_input_nodes)
+        for node in read:
+            if isinstance(node.meta.get("val"), torch.Tensor) and not view.readable_at(node, end):
+                raise Unliftable(f"{node.name} is overwritten before the site ends")
+        differentiable = any(
+            n.meta["val"].is_floating_point() and self.program.depends[n] & {INPUT, PARAMETER}
+            for n in loads)
+        own = end.meta.get("attnopt_region")
+        if differentiable and any(
+                view.author[n].meta.get("attnopt_region") != own
+                for n in inside if n in view.author and is_tensor(n)):
+            raise Unliftable("made in a no_grad or autocast region")
+        return inside - read
+
+    # -- expressions ------------------------------------------------------------------------
+    def put(self, slot: str, new: Expr) -> dict[str, Expr | Mask]:
+        """What changes in the Spec with `new` in place of the operand."""
+        spec = self.spec
+        exprs = {"logits": spec.logits, "weights": spec.weights}
+        if spec.output.slots & {slot} or spec.sinks is not None and slot in spec.sinks.slots:
+            raise Unliftable("used beside the scores")
+        return {name: e.replace({leaf: new for leaf in e.leaves
+                                 if leaf.op == "load" and leaf.value == slot})
+                for name, e in exprs.items() if slot in e.slots}
+
+    def split(self, slot: str, lifter: FloatLifter, e: Expr) -> Computed:
+        """An additive operand that hides keys as a mask and the rest, where that is the same."""
+        spec = self.spec
+        found = filled(lifter.logic, e)
+        if found is None or spec.normalizer != "softmax" or slot in spec.mask.slots \
+                or not is_added(spec.logits, slot) or slot in spec.weights.slots:
+            return Computed(e)
+        keep = found.keep
+        kept = not keep.slots and rows_kept(lifter.logic, [spec.mask, Where(keep)])
+        if found.fill == -math.inf:
+            return found if kept or spec.empty_row == "nan" else Computed(e)
+        # A finite fill: no row may lose all keys, and nothing else may hide keys on its own.
+        others = [self.analysis.provenance(t.node).parts
+                  for s, t in self.canonical.operands.items() if s != slot and s not in self.taken]
+        alone = all(parts <= {"parameter", "activation"} for parts in others) and not any(
+            n.op == "const" and n.dtype == E.FLOAT and n.value <= LOW for n in spec.logits.walk())
+        return found if kept and alone else Computed(e)
+
+    def named(self, lifter: FloatLifter, node: fx.Node, keep: Expr,
+              operands: Operands) -> Mask:
+        """A Mask for a truth value that was lifted."""
+        if keep.op == "const":
+            if not keep.value:
+                raise Unliftable("hides everything")
+            return ALL
+        return self.mask(lifter, node, keep, operands.bind(lifter, keep))
+
+    def mask(self, lifter: FloatLifter, node: fx.Node, keep: Expr, bound: Expr) -> Mask:
+        """A Mask for `keep`, by name where it has one; `bound` is `keep` with its operands."""
+        if not keep.slots:
+            return Reader(lifter, node).mask(keep)
+        plain = [p for p in literals(keep, "and") if not p.slots]
+        rest = [p for p in literals(bound, "and") if p.slots]
+        found: Mask = ALL
+        if plain:
+            found = Reader(lifter, node).mask(lifter.logic.conj(*plain))
+        for p in rest:
+            found = found & Where(p)
+        return found
+
+    # -- result -----------------------------------------------------------------------------
+    def result(self) -> Inlined:
+        old = {s: t for s, t in self.canonical.operands.items() if s not in self.taken}
+        tensors = old | {slot: tensor for slot, (_, tensor) in self.operands.declared.items()}
+        operands = {o.slot: tensors[o.slot] for o in self.spec.operands if o.slot in tensors}
+        loaded = {t.node for t in operands.values()}
+        canonical = replace(self.canonical, spec=self.spec, operands=operands,
+                            computed=frozenset(self.interior - loaded))
+        return Inlined(canonical, tuple(self.taken), frozenset(self.guards), self.saved(),
+                       "computed in the kernel")
+
+    def saved(self) -> tuple[float, ...]:
+        readers = max(len(self.program.users(self.canonical.operands[s].node)) for s in self.taken)
+        sizes = [math.prod(map(hint, n.meta["val"].shape)) for n in self.interior
+                 if is_tensor(n) and not _is_view(n)]
+        return tuple(size / max(readers, 1) for size in sizes if size > 1)
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(
+        a.alias_info is not None for a in target._schema.returns)

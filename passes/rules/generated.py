@@ -1,0 +1,60 @@
+"""Any attention that one generated kernel computes, where the cost model says that it pays.
+
+The kernel is printed from the Spec: logits, mask, normaliser and epilogues become statements inside
+its loops, so that nothing of queries x keys is ever held. On a CPU it is C++. The rule comes first;
+what it declines goes to the rules that compose from ATen.
+"""
+
+from __future__ import annotations
+
+from attnopt import kernels
+from attnopt.cost.choose import Estimate
+from attnopt.ir.spec import Schedule, Spec
+from attnopt.passes.rules import cost
+from attnopt.rules import Decline, Match, Region, Rule
+
+
+class Generated(Rule):
+    name = "generated"
+    recognizes = "any pointwise logits, mask, normaliser and epilogue, as one generated kernel"
+
+    def match(self, region: Region) -> Match:
+        lowering = "cpp" if region.device == "cpu" else "triton"
+        if lowering not in region.lowerings:
+            raise Decline(f"backend leaves out {lowering}")
+        spec, best, seconds = self.form(region, lowering)
+        problem = cost.problem_of(region)
+        made = cost.construction(region)
+        others = [kernels.original(problem, region.authored) + made]
+        if "aten" in region.lowerings:
+            other = kernels.estimates(problem, (kernels.aten_lowering(
+                region.spec, region.dtypes[0], region.training),)).best
+            if other is not None:
+                others.append(other.seconds + made)
+        verdict = kernels.worth(min(others), seconds)
+        if not verdict.pays and not cost.TAKE_ALL:
+            raise Decline(verdict.text)
+        tile = best.candidate.tile if region.fixed else ()
+        return Match(spec, Schedule(lowering, tuple(tile)), others[0] / seconds)
+
+    def form(self, region: Region, lowering: str) -> tuple[Spec, Estimate, float]:
+        """The form of the Spec that the kernel computes, its best tile, and the seconds that it
+        takes together with the making of what it carries."""
+        found: list[tuple[Spec, Estimate, float]] = []
+        reason = ""
+        for spec in filter(None, (region.inlined, region.spec)):
+            reasons = kernels.reasons(
+                spec, lowering, head_dims=region.lengths[-2:], dtypes=region.dtypes,
+                device=region.device, requires_grad=region.training,
+                operand_grad=region.training and region.operand_grad)
+            if reasons:
+                reason = reasons[0]
+                continue
+            best = kernels.estimates(cost.problem_of(region, spec), (lowering,),
+                                     not region.fixed).best
+            if best is not None:
+                made = 0.0 if spec is region.inlined else cost.construction(region)
+                found.append((spec, best, best.seconds + made))
+        if not found:
+            raise Decline(reason or "no tile fits")
+        return found[0] if cost.TAKE_ALL else min(found, key=lambda form: form[2])

@@ -1,0 +1,97 @@
+"""What can be known of compiled kernels without a GPU: they fit, they do not spill, they use the
+matrix units and the memory engine of their target, and they have not grown."""
+
+import pytest
+
+from attnopt.ir import expr as E
+from attnopt.ir.mask import Causal
+from attnopt.ir.spec import Spec
+
+triton = pytest.importorskip("triton")
+
+from attnopt.kernels.triton.budget import (  # noqa: E402
+    CONFIGS,
+    SLACK,
+    SPECS,
+    measure,
+    recorded,
+    version,
+)
+from attnopt.kernels.triton.resources import (  # noqa: E402
+    TARGETS,
+    Resources,
+    backward_resources,
+    forward_resources,
+)
+from attnopt.kernels.triton.tiles import (  # noqa: E402
+    ROW_TILE,
+    Tile,
+    architecture,
+    default,
+    gradient_tile,
+)
+
+QUICK = ("sm_90 forward causal 128", "sm_80 forward causal 64")
+
+
+def fits(found: Resources, target: str) -> None:
+    assert found.spills == 0
+    assert 0 < found.shared <= architecture(target).shared
+    assert found.registers <= (255 if target.startswith("sm_") else 512)
+
+
+@pytest.mark.parametrize("name", [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS])
+def test_budget(name: str) -> None:
+    target = CONFIGS[name][0]
+    found, known = measure(name), recorded()[name]
+    fits(found, target)
+    assert found.matrix > 0 and found.older == 0
+    assert (found.tma > 0) == architecture(target).tma
+    if version() != triton.__version__:
+        pytest.skip(f"the record is of triton {version()}")
+    for what in ("registers", "shared", "code"):
+        assert getattr(found, what) <= known[what] * (1 + SLACK), (
+            f"{what} must be at most {known[what]} + {SLACK:.0%}, got {getattr(found, what)}")
+
+
+def test_record_is_of_these_configurations() -> None:
+    assert set(recorded()) == set(CONFIGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
+@pytest.mark.parametrize("head_dim", (32, 80, 96, 256))
+@pytest.mark.parametrize("target", TARGETS)
+def test_head_dims(target: str, head_dim: int, dtype: str) -> None:
+    if dtype == "float32" and head_dim > 128:
+        pytest.skip("declined")
+    size = 4 if dtype == "float32" else 2
+    tile = default(target, head_dim, head_dim, size)
+    fits(forward_resources(SPECS["causal"], tile, target, head_dim, dtype=dtype), target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ("grad_query", "grad_key", "row_dots", "grad_bias"))
+@pytest.mark.parametrize("head_dim", (32, 64, 128, 256))
+@pytest.mark.parametrize("target", TARGETS)
+def test_backward_with_a_bias(target: str, head_dim: int, kernel: str) -> None:
+    which = {"grad_query": "query", "grad_key": "key"}.get(kernel, "operand")
+    tile = ROW_TILE if kernel == "row_dots" else (
+        gradient_tile(target, head_dim, head_dim, 2, which))
+    found = backward_resources(SPECS["bias"], kernel, tile, target, head_dim, wanted=("bias",))
+    fits(found, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_other_normalisers_and_two_passes(target: str) -> None:
+    for spec in (Spec(logits=E.score, normalizer="sigmoid", mask=Causal()),
+                 Spec(logits=E.score, weights=E.weight * E.weight, renormalize=True),
+                 Spec(logits=E.score, normalizer="relu", l1=True)):
+        fits(forward_resources(spec, default(target, 64, 64), target, 64), target)
+
+
+def test_a_tile_that_is_too_large_shows() -> None:
+    found = forward_resources(SPECS["causal"], Tile(128, 64, 4, 3), "sm_80", 128)
+    assert found.spills > 0
