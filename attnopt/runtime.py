@@ -24,6 +24,7 @@ from attnopt.calls import Call, CallReader
 from attnopt.direct_calls import with_direct_calls
 from attnopt.errors import CaptureError
 from attnopt.ir.captured import Captured
+from attnopt.kernels import missing
 from attnopt.passes import pipeline
 from attnopt.passes.capture.autocast import autocast_state
 from attnopt.passes.capture.dynamo import compile_forward
@@ -274,6 +275,9 @@ class Runtime:
                           useful=_useful(rewritten))
         traced.captured.values = {}  # a variant must not keep tensors alive that are replaced
         self.results.append((traced.captured, rewritten))
+        why = missing()
+        if why and any(t.endswith(why) for s in rewritten.sites for t in s.tried):
+            self.note(f"no generated kernels, ATen computes instead: {why}")
         self.variants = (*self.variants, variant)
         return variant
 

@@ -5,6 +5,8 @@
     reasons(spec, lowering)     why a lowering does not serve a Spec
     estimates(problem, …)       predicted times of lowerings and tiles; original(problem, authored)
     prepare(calls)              compile the generated kernels of some calls in parallel
+    merge(outs, lses)           attention over parts of the keys as one, by their log-sum-exp
+    attend_rows(spec, …, rows)  attention of the listed query rows, 0 elsewhere
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
 from attnopt.kernels.aten.sdpa import reasons as not_fused
 from attnopt.kernels.choosing import Problem, aten_lowering, estimates, original
+from attnopt.kernels.cpp.toolchain import toolchain
+from attnopt.kernels.merging import merge
 from attnopt.kernels.reference import reference
+from attnopt.kernels.row_lists import attend_rows
 
-__all__ = ["Problem", "aten_lowering", "estimates", "ops", "original", "prepare",
+__all__ = ["Problem", "aten_lowering", "attend_rows", "estimates", "merge", "missing", "ops", "original", "prepare",
            "reasons", "reference", "worth"]
 
 
@@ -64,6 +69,11 @@ def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
         found.append("lowering must be aten:sdpa, aten:blocks, aten:dense, cpp or triton, got "
                      f"{lowering!r}")
     return found
+
+
+def missing() -> str:
+    """Why no C++ can be generated on this machine, "" where it can."""
+    return toolchain().why_not()
 
 
 def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[torch.Tensor]]]) -> None:

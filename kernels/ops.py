@@ -6,7 +6,7 @@
 The op is composite: torch.export keeps it whole and `torch.export.save` stores it, while autograd
 of any order, functorch and autocast see through it to ATen. It names what to compute by the text of
 a Spec and how by the text of a Schedule; an empty or foreign schedule is chosen again at run time.
-`lse` is an empty tensor.
+`lse` is the log-sum-exp of every row where the Spec asks for it, otherwise an empty tensor.
 
 The dispatcher costs some 15 us a call, so a graph that runs eagerly calls `attend` instead. It is
 an importable function of the texts, fit for torch.fx code and pickles.
@@ -19,7 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from attnopt.ir.spec import Spec
 from attnopt.kernels.bind import bind
+from attnopt.kernels.merging import bind_with_lse
 
 __all__ = ["attend", "attention", "bind"]
 
@@ -31,6 +33,8 @@ _library.define(
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], spec: str,
                schedule: str = "") -> tuple[Tensor, Tensor]:
+    if Spec.parse(spec).lse:
+        return bind_with_lse(spec, schedule)(query, key, value, *operands)
     out = bind(spec, schedule)(query, key, value, *operands)
     return out, out.new_empty(0)
 

@@ -81,6 +81,7 @@ class Spec:
     renormalize:  divide by the row sum again after `weights`
     dropout:      probability on the weights; the mask is drawn as torch draws it
     compute:      dtype name of the softmax when the author casts up, else None
+    lse:          the log-sum-exp of every row is a second output
     """
 
     score: str = "dot"
@@ -99,6 +100,7 @@ class Spec:
     mix_bias: str | None = None
     dropout: float = 0.0
     compute: str | None = None
+    lse: bool = False
     operands: tuple[Operand, ...] = field(default=())
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from attnopt.ir.intervals import PARTIAL, tile_lists, tile_states
 from attnopt.ir.spec import Operand, Schedule, Spec
 from attnopt.kernels.aten.tile import broadcast
 from attnopt.kernels.cpp import integers
-from attnopt.kernels.cpp.call import DTYPES, Kernel, kernel, signature_of
+from attnopt.kernels.cpp.call import DTYPES, Kernel, kernel, log_sum_exp, signature_of
 from attnopt.kernels.cpp.integers import LARGEST
 from attnopt.kernels.cpp.isa import Isa
 from attnopt.kernels.cpp.template import Parts, Signature, Tile, source
@@ -121,6 +121,21 @@ class Attention:
             return None
         return run(query, key, value, operands,
                    lists=self.lists(query, key, value, operands, tile))
+
+    def with_lse(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
+                 ) -> tuple[Tensor, Tensor] | None:
+        """The same with the log-sum-exp (*L, Q) of the rows, in float32."""
+        if not self.possible or not self.takes(query, key, value, operands):
+            return None
+        tile = self.tile or self.chosen(query, key, value) or Tile()
+        run = self.kernel(tile, query, key, value, operands)
+        if run is None:
+            return None
+        leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        found = torch.empty((*leads, query.shape[-2], 2), dtype=torch.float32, device="cpu")
+        out = run(query, key, value, operands, statistics=found,
+                  lists=self.lists(query, key, value, operands, tile))
+        return out, log_sum_exp(found)
 
     def kernel(self, tile: Tile, query: Tensor, key: Tensor, value: Tensor,
                operands: Sequence[Tensor]) -> Kernel | None:

@@ -43,3 +43,15 @@ def test_a_length_that_the_capture_came_to_fix_is_checked() -> None:
     for length in (40, 72, 40, 17):
         given = drawn(length)
         torch.testing.assert_close(optimized(*given), model(*given))
+
+
+def test_without_a_compiler_aten_computes_and_the_report_says_so(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    monkeypatch.setattr("attnopt.passes.rules.cost.TAKE_ALL", True)
+    model, given = Plain().eval(), drawn(64)
+    optimized = attnopt.optimize(model, given)
+    (site,) = optimized.report.sites
+    assert site.status == "rewritten" and site.lowering.startswith("aten")
+    assert "CXX must name a C++ compiler" in " ".join(str(optimized.report).split())
+    torch.testing.assert_close(optimized(*given), model(*given))
