@@ -28,8 +28,8 @@ from attnopt.kernels.merging import merge
 from attnopt.kernels.reference import reference
 from attnopt.kernels.row_lists import attend_rows
 
-__all__ = ["Problem", "aten_lowering", "attend_rows", "estimates", "merge", "missing", "ops", "original", "prepare",
-           "reasons", "reference", "worth"]
+__all__ = ["Problem", "aten_lowering", "attend_rows", "estimates", "merge", "missing", "ops",
+           "original", "prepare", "reasons", "reference", "worth"]
 
 
 def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),

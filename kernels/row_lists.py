@@ -41,7 +41,7 @@ def of_listed(spec: Spec) -> Spec:
 
 def attend_rows(spec: Spec, schedule: str, rows: Tensor, query: Tensor, key: Tensor, value: Tensor,
                 operands: Sequence[Tensor] = ()) -> Tensor:
-    """(*L, Q, Dv) with the attention of the rows in `rows` (R,) int, each at most once, 0 elsewhere.
+    """Attention (*L, Q, Dv) of the rows in `rows` (R,) int, each at most once; 0 elsewhere.
 
     Differentiable. Raises ValueError for a Spec that reads row q of the values.
     """

@@ -59,8 +59,9 @@ def test_a_part_without_a_key_takes_no_part() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("case", ["plain", "causal", "aligned", "bias", "padding and causal", "gate",
-                                  "alibi", "bias of a table", "sink", "softcap and sink"])
+@pytest.mark.parametrize("case", [
+    "plain", "causal", "aligned", "bias", "padding and causal", "gate", "alibi", "bias of a table",
+    "sink", "softcap and sink"])
 def test_listed_rows(case: str, schedule: str) -> None:
     spec, given = CASES[case], inputs()
     operands = operands_of(spec)
