@@ -76,10 +76,12 @@ def missing() -> str:
     return toolchain().why_not()
 
 
-def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[torch.Tensor]]]) -> None:
+def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[torch.Tensor]]],
+            training: bool = False) -> None:
     """Compile the kernels of calls with a generated lowering, in parallel and each once.
 
     A call is its Spec, its Schedule and its tensors (query, key, value, *operands), of which only
-    dtypes and shapes are looked at. Raises KernelError.
+    dtypes and shapes are looked at. training: the kernels of their gradients, too. Raises
+    KernelError.
     """
-    cpp.prepare(calls)
+    cpp.prepare(calls, training)

@@ -97,7 +97,7 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
     with clock("substitute"):
         candidates = _substitute(graph, view, plans, trials=options.verify)
     with clock("compile"):
-        _compile(candidates)
+        _compile(candidates, _in_training(captured))
     if options.verify and candidates:
         with clock("verify"):
             verify(captured, view, [c for c, _ in candidates])
@@ -316,14 +316,14 @@ def _substitute(graph: fx.Graph, view: View, plans: Sequence[_Planned], *,
     return made
 
 
-def _compile(candidates: Sequence[tuple[Candidate, list[_Planned]]]) -> None:
+def _compile(candidates: Sequence[tuple[Candidate, list[_Planned]]], training: bool) -> None:
     """Compile the generated kernels of all sites in parallel, before any of them runs."""
     calls = [(p.match.spec, p.match.schedule, node) for c, members in candidates
              for p, node in zip(members, _calls(c.done.emitted), strict=False) if p.match]
     try:
         kernels.prepare([
             (spec, schedule, [a.meta["val"] for a in (*node.args[:3], *node.args[3])])
-            for spec, schedule, node in calls if schedule.lowering == "cpp"])
+            for spec, schedule, node in calls if schedule.lowering == "cpp"], training)
     except KernelError as error:  # ATen computes these calls then, and the log says why
         log.warning("a kernel could not be compiled: %s", error)
 

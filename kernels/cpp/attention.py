@@ -20,7 +20,7 @@ from attnopt.kernels.cpp import integers
 from attnopt.kernels.cpp.call import DTYPES, Kernel, kernel, log_sum_exp, signature_of
 from attnopt.kernels.cpp.integers import LARGEST
 from attnopt.kernels.cpp.isa import Isa
-from attnopt.kernels.cpp.template import Parts, Signature, Tile, source
+from attnopt.kernels.cpp.template import Parts, Tile, source
 from attnopt.kernels.cpp.toolchain import compile_all, isas, toolchain
 
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,14 +33,20 @@ _REMEMBERED = 1024
 def reasons(spec: Spec, dtypes: Sequence[torch.dtype] = (torch.float32,), device: str = "cpu",
             requires_grad: bool = False, operand_grad: bool = False) -> list[str]:
     """Why generated C++ does not compute the Spec, for inputs of these dtypes on this device;
-    empty where it does."""
+    empty where it does.
+
+    requires_grad: a gradient will be asked for; operand_grad: of float operands, too.
+    """
     found = list(spec_reasons(spec))
     if device != "cpu":
         found.append(f"device must be cpu, got {device}")
     found += [f"dtype must be float32, bfloat16 or float16, got {d}" for d in dict.fromkeys(dtypes)
               if d not in _ELEMENTS]
     if requires_grad:
-        found.append("generated kernels are for inference, a gradient is asked for")
+        from attnopt.kernels.cpp.training import training_reasons
+
+        wanted = [o.slot for o in spec.operands if o.dtype == E.FLOAT] if operand_grad else []
+        found += training_reasons(spec, tuple(wanted))
     if not found and toolchain().why_not():
         found.append(toolchain().why_not())
     return found
@@ -226,21 +232,28 @@ def _fits(described: Operand, tensor: Tensor, leads: tuple[int, ...]) -> bool:
         tensor.shape[-1] == 1 or bool({"k", "d"}.intersection(described.axes)))
 
 
-def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[Tensor]]], target: Isa | None = None
-            ) -> None:
-    """Compile the kernels of calls (Spec, Schedule, tensors), in parallel; raises KernelError."""
+def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[Tensor]]], training: bool = False,
+            target: Isa | None = None) -> None:
+    """Compile the kernels of calls (Spec, Schedule, tensors), in parallel; raises KernelError.
+
+    training: the kernels of their gradients, too.
+    """
     from attnopt.kernels.choosing import Problem, legal_tiles
+    from attnopt.kernels.cpp.template_backward import backward_source
+    from attnopt.kernels.cpp.training import backward_tile, training_reasons
 
     width = (target or isas()[0]).width
-    wanted: dict[tuple[Signature, Tile], None] = {}
+    sources: dict[str, None] = {}
     for spec, schedule, (query, key, value, *operands) in calls:
         signature = signature_of(spec, query, key, value, operands)
         tiles: Sequence[Sequence[int]] = [schedule.tile]
         if len(schedule.tile) != 4:
             tiles = legal_tiles(Problem(spec, tuple(query.shape), tuple(key.shape),
                                         tuple(value.shape), query.dtype), few=True)
-        wanted.update(dict.fromkeys((signature, Tile(*t)) for t in tiles))
-    compile_all([source(signature, tile, width) for signature, tile in wanted], target)
+        sources.update((source(signature, Tile(*t), width), None) for t in tiles)
+        if training and not training_reasons(spec):
+            sources[backward_source(signature, (), backward_tile(spec, target), width)] = None
+    compile_all(list(sources), target)
 
 
 @functools.cache

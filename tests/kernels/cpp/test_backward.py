@@ -128,6 +128,7 @@ def test_every_case(case: str) -> None:
     check_gradients(spec, moderate(), operands_of(spec), taken=case in TAKEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float16)])
 @pytest.mark.parametrize("case", ["plain", "causal", "softcap, padding and causal", "bias",
                                   "scale per head", *slow("biases", "alibi", "upcast", "band")])
@@ -161,6 +162,7 @@ POINTWISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POINTWISE)
 def test_pointwise_logits(name: str) -> None:
     spec = Spec(logits=POINTWISE[name], mask=Band(-3, 2), operands=(BIAS,))
@@ -216,6 +218,7 @@ def test_gradients_have_the_layout_of_what_they_are_of() -> None:
         assert g.stride() == t.stride()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("leads, shared", [
     ((), 0), ((3,), 0), ((2, 3), 1), ((2, 3), 2), ((2, 3, 4), 1), ((2, 3, 4), 2),
@@ -234,6 +237,7 @@ def test_leading_axes(leads: tuple[int, ...], shared: int, threads: int) -> None
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_key, of_value", [((1, H), (B, H)), ((B, 1), (1, H)), ((H,), (B, 1))])
 def test_keys_and_values_that_broadcast_differently(
         of_key: tuple[int, ...], of_value: tuple[int, ...]) -> None:
@@ -244,6 +248,7 @@ def test_keys_and_values_that_broadcast_differently(
 
 
 # -- gradients of operands ------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, keys", [(Q, K), (70, 130)])
 @pytest.mark.parametrize("axes, shape", [
     (("b", "h", "q", "k"), "bhqk"), (("h", "q", "k"), "hqk"), (("b", "q", "k"), "b1qk"),
@@ -467,6 +472,7 @@ def test_statistics_hold_the_log_sum_exp(case: str) -> None:
     torch.testing.assert_close(log_sum_exp(statistics).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [AVX2, GENERIC], ids=str)
 @pytest.mark.parametrize("tile", [Tile(6, 16, 6, 2), Tile(12, 32, 4, 3), Tile(24, 32, 12, 1)])
 def test_other_instruction_sets_and_tiles(target: Isa, tile: Tile) -> None:
