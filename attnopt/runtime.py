@@ -8,11 +8,12 @@ user's own forward would not have raised.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import types
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,17 @@ NOTHING = "nothing in this call was rewritten"
 MAX_VARIANTS = 8
 _MAX_SEEN = 256
 _log = logs.get("capture")
+
+
+@contextlib.contextmanager
+def _no_inference_mode() -> Iterator[None]:
+    """Autograd may not save what was made under inference_mode, as a capture asks it to; under
+    no_grad everything else is the same."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _normal(tree: Any) -> Any:
@@ -233,8 +245,7 @@ class Runtime:
             self._refused[key] = f"more than {MAX_VARIANTS} kinds of calls"
             return None
         try:
-            # Autograd may not save what was made under inference_mode, as a capture asks it to.
-            with torch.inference_mode(False):
+            with _no_inference_mode():
                 variant = self._capture(call, *_normal((args, kwargs)))
             del self._seen[key]
             return variant

@@ -30,7 +30,7 @@ def _taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(cost, "TAKE_ALL", True)
     bind.cache_clear()
     if "compiled" not in request.fixturenames:
-        monkeypatch.setattr(kernels, "prepare", lambda calls: None)
+        monkeypatch.setattr(kernels, "prepare", lambda *_: None)
         monkeypatch.setattr(kernels.cpp, "spec_reasons", lambda spec: ("by ATen",))
     yield
     bind.cache_clear()
