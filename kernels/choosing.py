@@ -2,7 +2,7 @@
 
     estimates(problem)     every legal candidate with its predicted time, the best first
     original(problem, ..)  the predicted time of what the author has
-    tile_of(problem)       the best tile of the generated kernel, for calls with an open tile
+    schedule_of(problem)   lowering and tile of a call whose Schedule leaves the tile open
 
 Where lengths change from call to call, they are rounded to few steps and tiles come from a short
 list, so that neither choices nor compiled kernels pile up.
@@ -33,8 +33,9 @@ from attnopt.kernels.aten.sdpa import plan
 from attnopt.kernels.cpp.isa import isa
 from attnopt.kernels.triton import tiles as triton_tiles
 
-#: tiles (rows, keys) that calls of any length choose from, for a register block of this machine
-FEW = ((24, 64), (48, 64), (96, 64))
+#: rows, and keys, of the tiles that calls of any length choose from; rows are rounded up to whole
+#: register blocks of this machine
+FEW_ROWS, FEW_KEYS = (24, 48, 96), 64
 #: blocks of torch's flash attention on a CPU: (from so many queries, rows), and keys
 TORCH_ROWS, TORCH_KEYS = ((768, 256), (192, 64), (0, 32)), 512
 #: forward and backward together, measured against the models: of the forward kernel alone, and of
@@ -171,12 +172,11 @@ def legal_tiles(problem: Problem, few: bool) -> list[tuple[int, ...]]:
         found = [triton_tiles.default(*shape)] if few or not cpu.calibrated else (
             triton_tiles.candidates(*shape))
         return [(t.rows, t.keys, t.warps, t.stages) for t in found]
-    every = tiles.cpu_tiles(cpu, problem.query[-2], problem.key[-2])
     if not few:
-        return list(every)
+        return list(tiles.cpu_tiles(cpu, problem.query[-2], problem.key[-2]))
     block = tiles.register_blocks(cpu.registers)[0]
-    rows = sorted({-(-r // block[0]) * block[0] for r, _ in FEW})
-    return [(r, FEW[0][1], *block) for r in rows]
+    rows = sorted({-(-r // block[0]) * block[0] for r in FEW_ROWS})
+    return [(r, FEW_KEYS, *block) for r in rows]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -33,8 +33,8 @@ def bind_with_lse(spec: str, schedule: str = "") -> Callable[..., tuple[Tensor, 
     lse_of = plain.with_(output=E.stat("lse"))
     slots = [o.slot for o in plain.operands]
     kept = [slots.index(o.slot) for o in lse_of.operands]
-    tile = Schedule.parse(schedule).tile if schedule else ()
-    kernel = cpp.Attention(plain, tile) if '"cpp"' in schedule else None
+    asked = Schedule.parse(schedule) if schedule else Schedule("")
+    kernel = cpp.Attention(plain, asked.tile) if asked.lowering == "cpp" else None
 
     def run(query: Tensor, key: Tensor, value: Tensor, *operands: Tensor
             ) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def block_reasons(spec: Spec, dtype: torch.dtype) -> tuple[str, ...]:
     work = torch.float32 if dtype in HALF else dtype
     if spec.compute and torch.promote_types(work, getattr(torch, spec.compute)) != work:
         found.append(f"compute must be {work} or less, got {spec.compute}")
-    if spec.mix_logits or spec.mix_weights:
+    if spec.mix_logits or spec.mix_weights or spec.mix_bias:
         found.append("heads must not be mixed")
     if spec.dropout:
         found.append(f"dropout must be 0, got {spec.dropout}")

@@ -99,7 +99,7 @@ def reasons(spec: Spec) -> list[str]:
         found.append(f"normalizer must be softmax, got {spec.normalizer}")
     if spec.weights is not E.weight or spec.renormalize:
         found.append("weights must reach the values as the softmax gives them")
-    if spec.mix_logits or spec.mix_weights:
+    if spec.mix_logits or spec.mix_weights or spec.mix_bias:
         found.append("heads must not be mixed")
     if spec.dropout:
         found.append(f"dropout must be 0, got {spec.dropout}")

@@ -15,6 +15,8 @@ from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.intervals import PARTIAL, tile_lists, tile_states
 from attnopt.ir.spec import Operand, Schedule, Spec
+from attnopt.kernels import printable
+from attnopt.kernels.aten.choose import rows_alike
 from attnopt.kernels.aten.tile import broadcast
 from attnopt.kernels.cpp import integers
 from attnopt.kernels.cpp.call import DTYPES, Kernel, kernel, log_sum_exp, signature_of
@@ -55,14 +57,7 @@ def reasons(spec: Spec, dtypes: Sequence[torch.dtype] = (torch.float32,), device
 @functools.lru_cache(maxsize=1024)
 def spec_reasons(spec: Spec) -> tuple[str, ...]:
     """Why generated C++ does not compute the Spec, whatever the inputs; empty where it does."""
-    found = []
-    if spec.mix_logits or spec.mix_weights:
-        found.append("heads must not be mixed")
-    if spec.dropout:
-        found.append(f"dropout must be 0, got {spec.dropout}")
-    if spec.compute and torch.promote_types(
-            torch.float32, getattr(torch, spec.compute)) != torch.float32:
-        found.append(f"compute must be float32 or less, got {spec.compute}")
+    found = list(printable.reasons(spec))
     exprs = [e for e in (spec.logits, spec.mask.predicate(), spec.weights, spec.output,
                          spec.groups, spec.sinks) if e is not None]
     nodes = {node for e in exprs for node in e.walk()}
@@ -71,8 +66,6 @@ def spec_reasons(spec: Spec) -> tuple[str, ...]:
     if any(node.op == "const" and node.dtype == E.INT and abs(node.value) > LARGEST
            for node in nodes):
         found.append("integers must fit 32 bits")
-    if spec.sinks is not None and "k" in spec.sinks.indices:
-        found.append("sinks must not vary along k")
     if spec.empty_row != "nan" and spec.weights is not E.weight and not (
             spec.mask.row_always_kept()):
         found.append("rows without a key must be nan where the weights have an epilogue")
@@ -90,13 +83,6 @@ def spec_reasons(spec: Spec) -> tuple[str, ...]:
     except ValueError:
         found.append("groups must be numbers")
     return tuple(found)
-
-
-def rows_alike(spec: Spec) -> bool:
-    """Whether all query rows have the same weights, which one row's worth of work computes."""
-    from attnopt.kernels.aten.choose import rows_alike as alike
-
-    return alike(spec)
 
 
 class Attention:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from attnopt.ir.spec import Spec
+from attnopt.kernels import printable
 from attnopt.kernels.triton import backward
 from attnopt.kernels.triton.tiles import widest
 
@@ -62,20 +63,10 @@ def of_spec(spec: Spec) -> tuple[str, ...]:
     found = []
     if spec.score not in ("dot", "key"):
         found.append(f"score must be dot or key, got {spec.score}")
-    if spec.mix_logits or spec.mix_weights or spec.mix_bias:
-        found.append("heads must not be mixed")
-    if spec.dropout:
-        found.append(f"dropout must be 0, got {spec.dropout}")
-    if spec.compute and torch.promote_types(
-            torch.float32, getattr(torch, spec.compute)) != torch.float32:
-        found.append(f"compute must be float32 or less, got {spec.compute}")
+    found += printable.reasons(spec)
     exprs = [e for e in (spec.logits, spec.mask.predicate(), spec.weights, spec.output,
                          spec.groups, spec.sinks) if e is not None]
     leaves = {leaf for e in exprs for leaf in e.leaves}
-    if spec.sinks is not None and any(
-            "k" in (spec.operand(x.value).axes or ()) if x.op == "load" and not x.args else
-            x.op == "index" and x.value == "k" for x in spec.sinks.leaves):
-        found.append("sinks must not vary along k")
     masses = [x.value for x in leaves if x.op == "stat" and x.value.startswith("mass:")]
     if masses and spec.groups is None or any(not re.fullmatch(r"mass:-?\d+", m) for m in masses):
         found.append("groups must be numbers")

@@ -26,6 +26,7 @@ SINK = Operand("sink", ("h",), role="sink")
 TABLE = Operand("table", None, role="table")
 GATE = Operand("gate", ("b", "h", "q"), role="gate")
 MIX = Operand("mix", None, role="mix")
+LEVEL = Operand("level", None, role="mix")
 WEIGHT = Operand("score_weight", None, role="other")
 LEFT, RIGHT = (Operand(n, ("h", a), role="factor") for n, a in (("left", "q"), ("right", "k")))
 SLOTS = {
@@ -33,7 +34,8 @@ SLOTS = {
     "bias": lambda: torch.randn(H, Q, K), "row": lambda: torch.randn(B, 1, 1, K),
     "head": lambda: torch.rand(H, 1, 1) + 0.5, "sink": lambda: torch.randn(H, 1, 1),
     "table": lambda: torch.randn(H, Q + K), "gate": lambda: torch.randn(B, H, Q, 1),
-    "mix": lambda: torch.randn(H, H), "score_weight": lambda: torch.randn(D),
+    "level": lambda: torch.randn(H), "mix": lambda: torch.randn(H, H),
+    "score_weight": lambda: torch.randn(D),
     "left": lambda: torch.randn(H, Q, 2), "right": lambda: torch.randn(H, K, 2),
 }
 tanh = E.call("tanh", s * (0.3 / 5)) * 5.0
@@ -85,6 +87,7 @@ CASES = {
                        output=E.out * E.stat("lse") / E.stat("total")),
     "groups": Spec(logits=s * 0.3, groups=E.where(k < 3, 0, 1),
                    weights=E.where(k < 3, E.weight / E.stat("mass:0"), E.weight)),
+    "bias of heads": Spec(logits=s * 0.3, mix_bias="level", operands=(LEVEL,)),
     "talking heads": Spec(logits=s * 0.3, mix_logits="mix", mix_weights="mix", mask=Causal(),
                           operands=(MIX,)),
 }

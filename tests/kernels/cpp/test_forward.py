@@ -128,5 +128,9 @@ def test_what_is_not_for_the_kernel_is_handed_back() -> None:
 def test_reasons() -> None:
     assert not cpp.reasons(SPECS["plain"])
     assert "heads" in cpp.reasons(CASES["talking heads"])[0]
+    vector = Operand("vector", None)
+    assert "heads" in cpp.reasons(Spec(mix_bias="vector", operands=(vector,)))[0]
+    by_key = Operand("sink", ("h", "k"), role="sink")
+    assert "sinks" in cpp.reasons(Spec(sinks=E.load("sink"), operands=(by_key,)))[0]
     assert "float64" in cpp.reasons(SPECS["plain"], (torch.float64,))[0]
     assert "cuda" in cpp.reasons(SPECS["plain"], device="cuda")[0]
