@@ -45,9 +45,12 @@ def optimize(
             read, not run: neither they nor the model nor a random generator is changed.
         kwargs: example keyword arguments.
         dynamic_shapes: which sizes may change, as for torch.export; None for none.
-        rules: the rules to use, by name or as objects; None for all.
+        rules: the rules to use, by name or as objects; None for all that are exact. Approximations
+            (`attnopt.approximations`) are used only where one is given here; if nothing else is,
+            they go with all exact rules.
         only: a pattern of module paths ("encoder.*") outside which nothing is rewritten.
-        approximate: None for exact rewrites, or tolerances such as {"logits": 1e-3}.
+        approximate: None, or tolerances by name: {"output": 0.1} keeps a site as it was where an
+            approximation changes its result by more (root mean square over root mean square).
         prefer: "speed", or "memory" to never materialise an N x N tensor.
         verify: compare each rewrite with the original in float64 on the example arguments.
         backend: "auto", or one or several of "aten", "cpp", "triton".

@@ -71,9 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--compile", action=argparse.BooleanOptionalAction,
                        help="measure what torch.compile makes as well; default: each suite's own")
     bench.add_argument("--quick", action="store_true", default=None,
-                       help="short sequences and few rounds (suites cpu, gpu, tiles)")
+                       help="short sequences and few rounds (suites cpu, sparse, gpu, tiles)")
+    bench.add_argument("--full", action="store_true", default=None,
+                       help="rows that take a minute and much memory as well (suite sparse)")
     bench.add_argument("--case", action="append", metavar="PATTERN",
-                       help="only rows of such a name (suites cpu, gpu); may be given again")
+                       help="only rows of such a name (suites cpu, sparse, gpu); may be repeated")
     bench.add_argument("--budget", type=_positive, metavar="SECONDS",
                        help="begin no row after that time (suites gpu, tiles)")
     bench.set_defaults(run=_bench)
@@ -169,8 +171,9 @@ def _bench(options: argparse.Namespace) -> int:
     from attnopt.bench import run, save
 
     results = run(optimize, options.suite or list(SUITES), repeats=options.repeats,
-                  compiled=options.compile, quick=options.quick, cases=options.case,
-                  budget=options.budget, say=lambda line: print(line, flush=True))
+                  compiled=options.compile, quick=options.quick, full=options.full,
+                  cases=options.case, budget=options.budget,
+                  say=lambda line: print(line, flush=True))
     partial = options.quick or options.case
     path = save(results, options.json) if options.json or not partial else None
     if path is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnopt.kernels import ops
+from attnopt.kernels import lifetimes, ops
 
 _NN = torch._C._nn
 _T = torch.Tensor
@@ -44,6 +44,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
             function = getattr(home, name, None)
             if function is not None and hasattr(packet, overload or "default"):
                 table[getattr(packet, overload or "default")] = function
+    table[torch.ops.attnopt.key_lifetimes.default] = lifetimes.key_lifetimes
     return table
 
 

@@ -8,11 +8,12 @@ the pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from attnopt.errors import OptionError
+from attnopt.ir.mask_base import Mask
 from attnopt.ir.spec import Schedule, Spec
 
 
@@ -47,6 +48,10 @@ class Region:
     lowerings: those that the user allows, of "aten", "cpp", "triton"
     inlined:   the same with operands that are index arithmetic computed, for kernels that can
     saved:     elements of the tensors that are then not made, shared ones by the site's share
+    copies:    of a local attention: how many groups of queries the author copies keys for, per
+               leading index, and how many keys for each
+    approximate: the user asked for fewer keys than the model sees: it need not pay
+    tables:    operands of the mask by slot that depend on no input, at the example's lengths
     """
 
     spec: Spec
@@ -62,6 +67,9 @@ class Region:
     lowerings: tuple[str, ...] = ("aten", "cpp", "triton")
     inlined: Spec | None = None
     saved: tuple[float, ...] = ()
+    copies: tuple[int, int] | None = None
+    approximate: bool = False
+    tables: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,42 @@ class Rule:
     def match(self, region: Region) -> Match:
         """Answer with a Match, or raise Decline(reason, node)."""
         raise Decline(f"{self.name} does not match anything")
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """A bool table over blocks of queries and keys that the rewritten graph makes.
+
+    text:  the pattern with its parameters, as `kernels.block_maps` reads it
+    reads: whether it is chosen from the query and the key, for each leading entry
+    """
+
+    text: str
+    reads: bool = False
+
+
+class Approximation(Rule):
+    """Fewer keys than the model's own attention sees: not exact, so never used unless a user puts
+    an instance into `rules=`. It changes what is computed; the other rules then say how.
+
+    Subclasses set `name` and `path`, a pattern of the module paths that it is for, and define
+    `reduce`.
+    """
+
+    path: str = "*"
+
+    def match(self, region: Region) -> Match:
+        raise Decline(f"{self.name} says what to compute, not how")
+
+    def reduce(self, region: Region) -> tuple[Mask, dict[str, BlockTable]]:
+        """The keys to keep, of those that the region's own mask keeps, and the tables that this
+        mask loads by slot; or raise Decline(reason)."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The rule with its parameters, for the report."""
+        own = {name: given for name, given in vars(self).items() if name != "path"}
+        return f"{self.name} ({', '.join(f'{name} {given}' for name, given in own.items())})"
 
 
 @dataclass

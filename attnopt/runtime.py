@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -280,8 +281,11 @@ class Runtime:
         shapes = self._reader.named_shapes(shapes, args, kwargs)
         given, named = self._reader.arguments(args, kwargs)
         with progress(type(self.model).__name__):
+            start = time.perf_counter()
             traced = capture(self.model, given, named, shapes)
+            seconds = time.perf_counter() - start
             rewritten = pipeline.rewrite(traced.captured, self.options)
+        rewritten.timings = {"capture": seconds, **rewritten.timings}
         variant = Variant(traced, rewritten.graph_module, rewritten.guards, call, self.model,
                           useful=_useful(rewritten))
         traced.captured.values = {}  # a variant must not keep tensors alive that are replaced

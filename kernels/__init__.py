@@ -7,6 +7,8 @@
     prepare(calls)              compile the generated kernels of some calls in parallel
     merge(outs, lses)           attention over parts of the keys as one, by their log-sum-exp
     attend_rows(spec, …, rows)  attention of the listed query rows, 0 elsewhere
+    lifetimes                   for which rows each key is among the best of those before
+    block_maps                  which blocks of keys an approximation keeps
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ import torch
 
 from attnopt.cost.choose import worth
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.kernels import cpp, ops, triton
+from attnopt.kernels import block_maps, cpp, lifetimes, ops, triton
 from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
 from attnopt.kernels.aten.sdpa import reasons as not_fused
-from attnopt.kernels.choosing import Problem, aten_lowering, estimates, original
+from attnopt.kernels.choosing import Problem, Tables, aten_lowering, estimates, original
+from attnopt.kernels.cpp import stencil
 from attnopt.kernels.cpp.toolchain import toolchain
 from attnopt.kernels.merging import merge
 from attnopt.kernels.reference import reference
 from attnopt.kernels.row_lists import attend_rows
 
-__all__ = ["Problem", "aten_lowering", "attend_rows", "estimates", "merge", "missing", "ops",
-           "original", "prepare", "reasons", "reference", "worth"]
+__all__ = ["Problem", "Tables", "aten_lowering", "attend_rows", "block_maps", "estimates",
+           "lifetimes", "merge", "missing", "ops", "original", "prepare", "reasons", "reference",
+           "worth"]
 
 
 def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
@@ -84,4 +88,6 @@ def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[torch.Tensor]]],
     dtypes and shapes are looked at. training: the kernels of their gradients, too. Raises
     KernelError.
     """
-    cpp.prepare(calls, training)
+    windowed = [call for call in calls if call[1].lowering == stencil.LOWERING]
+    cpp.prepare([call for call in calls if call[1].lowering == "cpp"], training)
+    stencil.prepare(windowed)

@@ -7,14 +7,15 @@ that is not for a call (another dtype, an empty length, a gradient it has none f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.kernels import aten, cpp, triton
+from attnopt.kernels import aten, cpp, living_keys, triton
 from attnopt.kernels.aten.state import call_state
+from attnopt.kernels.cpp import stencil
 
 Attention = Callable[..., Tensor]
 
@@ -29,7 +30,12 @@ def bind(spec: str, schedule: str = "") -> Attention:
     """
     asked = Schedule.parse(schedule) if schedule else Schedule("")
     if asked.lowering == "cpp" and not cpp.spec_reasons(Spec.parse(spec)):
-        return _Generated(Spec.parse(spec), asked)
+        made = _Generated(Spec.parse(spec), asked)
+        slots = living_keys.slots_of(Spec.parse(spec))
+        return made if slots is None else living_keys.Living(
+            Spec.parse(spec), slots, schedule, made, bind)
+    if asked.lowering == stencil.LOWERING and not stencil.spec_reasons(Spec.parse(spec)):
+        return _Stencil(Spec.parse(spec), asked)
     if asked.lowering == triton.LOWERING:
         return triton.bind(spec, schedule)
     return aten.bind(spec, schedule)
@@ -42,8 +48,9 @@ class _Generated:
 
     def __init__(self, spec: Spec, schedule: Schedule) -> None:
         self.slots = len(spec.operands)
-        self.kernel = cpp.Attention(spec, schedule.tile)
-        self.training = cpp.Training(self.kernel)
+        attention = cpp.Attention(spec, schedule.tile)
+        self.kernel: Callable[..., Tensor | None] = attention
+        self.training = cpp.Training(attention)
         self.aten = aten.bind(str(spec))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Tensor:
@@ -57,3 +64,19 @@ class _Generated:
             if out is not None:
                 return out
         return self.aten(query, key, value, *operands)
+
+
+class _Stencil(_Generated):
+    """Likewise by a stencil; gradients, and calls that it does not take, by the tiled kernel."""
+
+    __slots__ = ("stencil", "tiled")
+
+    def __init__(self, spec: Spec, schedule: Schedule) -> None:
+        super().__init__(spec, Schedule("cpp"))
+        self.stencil, self.tiled = stencil.Stencil(spec, schedule.tile), self.kernel
+        self.kernel = self.first_of_both
+
+    def first_of_both(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
+                      ) -> Tensor | None:
+        out = self.stencil(query, key, value, operands)
+        return self.tiled(query, key, value, operands) if out is None else out

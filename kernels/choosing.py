@@ -13,25 +13,35 @@ from __future__ import annotations
 import functools
 import math
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from attnopt.cost import cpu_tiles as tiles
 from attnopt.cost import plain
+from attnopt.cost import stencil as stencil_cost
 from attnopt.cost.choose import Candidate, Choice, Estimate, choose
 from attnopt.cost.devices import Cpu, Device, Gpu, find_cpu, find_gpu
 from attnopt.cost.tiles import count_tiles
+from attnopt.cost.typical import typical_operands
 from attnopt.cost.work import ITEM_SIZE, Work, work_of
 from attnopt.environment import processor
 from attnopt.errors import AttnOptError
+from attnopt.ir import expr as E
+from attnopt.ir.halos import grid_of
 from attnopt.ir.mask import Causal, Mask
 from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels import cache
 from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
+from attnopt.kernels.cpp import stencil
+from attnopt.kernels.cpp.grid_windows import windows_of
 from attnopt.kernels.cpp.isa import isa
 from attnopt.kernels.triton import tiles as triton_tiles
+from attnopt.kernels.triton.boxes import boxes_of
+from attnopt.kernels.triton.intervals import interval
 
 #: rows, and keys, of the tiles that calls of any length choose from; rows are rounded up to whole
 #: register blocks of this machine
@@ -45,12 +55,34 @@ TRAINING = {"cpp": 3.5, "aten": 1.4}
 HANDLING = {"cpp": 5e-5, "aten:sdpa": 2e-5, "aten:blocks": 5e-5, "aten:dense": 4e-5}
 
 
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Operands of a mask whose values are the model's own, by slot: constants and buffers. They are
+    equal where they are the same memory."""
+
+    by_slot: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return tuple((slot, t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
+                     for slot, t in sorted(self.by_slot.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tables) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+NO_TABLES = Tables()
+
+
 @dataclass(frozen=True)
 class Problem:
     """A Spec at shapes query (*L, Q, D), key (*L, K, D), value (*L, K, Dv) on one device.
 
     grads: gradients will be asked for; threads: that a call may use, 0 for torch's number;
-    device: "cpu" or "cuda"
+    device: "cpu" or "cuda"; tables: operands of the mask that are known
     """
 
     spec: Spec
@@ -61,6 +93,7 @@ class Problem:
     grads: bool = False
     threads: int = 0
     device: str = "cpu"
+    tables: Tables = NO_TABLES
 
     @property
     def work(self) -> Work:
@@ -81,6 +114,8 @@ class Problem:
         def shape(s: tuple[int, ...]) -> tuple[int, ...]:
             return (*map(step, s[:-1]), s[-1])
 
+        if grid_of(self.spec.mask, self.query[-2], self.key[-2]) is not None:
+            return self  # a grid has the lengths that it has
         return replace(self, query=shape(self.query), key=shape(self.key),
                        value=shape(self.value))
 
@@ -113,16 +148,45 @@ def estimates(problem: Problem, lowerings: tuple[str, ...], few: bool = False) -
     """
     spec, found = problem.spec, []
     for lowering in lowerings:
-        if lowering in ("cpp", "triton"):
-            found += [Candidate(lowering, tile) for tile in legal_tiles(problem, few)]
-        else:
-            found.append(Candidate(lowering, density=_density(spec.mask, problem, lowering)))
-    choice = choose(found, problem.work, spec.mask, device(problem.device), _threads(problem),
-                    leading=problem.leading)
+        found += candidates(problem, lowering, few)
+    given = found, problem.work, spec.mask, device(problem.device), _threads(problem)
+    tables = dict(problem.tables.by_slot)
+    choice = choose(*given, tables, problem.leading)
     table = [replace(e, seconds=_whole(e, problem)) for e in choice.table]
     best = _best(choice, table)
+    typical = typical_operands(spec, problem.query[-2], problem.key[-2], problem.leading, tables)
+    if typical and best is not None and best.candidate.tile:
+        alike = [c for c in found if c.lowering == best.candidate.lowering]
+        best = _best(choose(alike, *given[1:], {**tables, **typical}, problem.leading),
+                     [e for e in table if e.candidate in alike])
     table.sort(key=lambda e: (e is not best, e.seconds))
     return Choice(best, tuple(table))
+
+
+def candidates(problem: Problem, lowering: str, few: bool) -> list[Candidate]:
+    """Every way in which a lowering may compute the problem. "cpp" stands for all kernels of
+    generated C++; one with a time model of its own comes with its seconds (`Candidate.seconds`)."""
+    if lowering in ("cpp", "triton"):
+        lengths = problem.query[-2], problem.key[-2]
+        found = [Candidate(lowering, tile, boxes=boxes_of(problem.spec.mask, *lengths, *tile[:2])
+                           if lowering == "triton" else None)
+                 for tile in legal_tiles(problem, few)]
+        return found if few or lowering == "triton" else [*found, *_stencils(problem)]
+    return [Candidate(lowering, density=_density(problem.spec.mask, problem, lowering))]
+
+
+def _stencils(problem: Problem) -> list[Candidate]:
+    """The stencil, where the mask is a window on a grid; its own model knows its time."""
+    lengths = problem.query[-2], problem.key[-2]
+    cpu = device(problem.device)
+    if problem.grads or stencil.reasons(problem.spec, (problem.dtype,), "cpu", lengths):
+        return []
+    windows = windows_of(problem.spec.mask, lengths[0])
+    assert isinstance(cpu, Cpu) and not isinstance(windows, str)
+    tile = stencil.default_tile(windows, isa())
+    seconds = stencil_cost.seconds(cpu, problem.work, stencil.grid_of(windows, tile),
+                                   _threads(problem))
+    return [Candidate(stencil.LOWERING, (tile.rows, tile.taps, tile.channels), seconds=seconds)]
 
 
 def _whole(estimate: Estimate, problem: Problem) -> float:
@@ -169,14 +233,45 @@ def legal_tiles(problem: Problem, few: bool) -> list[tuple[int, ...]]:
     cpu = device(problem.device)
     if isinstance(cpu, Gpu):
         shape = (architecture(), problem.query[-1], problem.value[-1], problem.work.item)
-        found = [triton_tiles.default(*shape)] if few or not cpu.calibrated else (
+        found = [triton_tiles.default(*shape, listed=not interval(problem.spec).exact)
+                 ] if few or not cpu.calibrated else (
             triton_tiles.candidates(*shape))
         return [(t.rows, t.keys, t.warps, t.stages) for t in found]
-    if not few:
-        return list(tiles.cpu_tiles(cpu, problem.query[-2], problem.key[-2]))
+    lengths = problem.query[-2], problem.key[-2]
+    known = all(isinstance(n, int) for n in lengths)  # unknown ones are symbols, with no grid
+    boxes = list(halo_tiles(problem.spec, *lengths, few)) if known and not problem.grads else []
+    if not few and not boxes:
+        return list(tiles.cpu_tiles(cpu, *lengths, _block_rows(problem.spec.mask)))
     block = tiles.register_blocks(cpu.registers)[0]
     rows = sorted({-(-r // block[0]) * block[0] for r in FEW_ROWS})
-    return [(r, FEW_KEYS, *block) for r in rows]
+    return [*((r, FEW_KEYS, *block) for r in rows), *boxes]
+
+
+def _block_rows(mask: Mask) -> set[int]:
+    """Rows of the blocks of a table that it looks up (q // rows), or what divides them into tiles.
+    """
+    blocks = {a.args[1].value for node in mask.predicate().walk() if node.op == "load"
+              for a in node.args if a.op == "floordiv" and a.args[0] is E.index("q")
+              and a.args[1].op == "const"}
+    return {n // parts for n in blocks for parts in (1, 2, 4)
+            if n % parts == 0 and 32 <= n // parts <= 128}
+
+
+@functools.lru_cache(maxsize=1024)
+def halo_tiles(spec: Spec, queries: int, keys: int, few: bool) -> list[tuple[int, ...]]:
+    """Tiles (rows, keys, MR, NV, *box) of kernels that gather the keys of boxes of a grid; none
+    where the mask has no grid, or the weights see keys that it hides."""
+    grid = grid_of(spec.mask, queries, keys)
+    if grid is None or spec.weights is not E.weight or spec.mask.axes - {"q", "k"}:
+        return []
+    cpu = device("cpu")
+    assert isinstance(cpu, Cpu)
+    boxes = tiles.best_boxes(spec.mask, grid, cpu.registers)
+    if few:
+        block = tiles.register_blocks(cpu.registers)[0]
+        return [(-(-math.prod(box) // block[0]) * block[0], FEW_KEYS, *block, *box)
+                for box in boxes[:1]]
+    return tiles.boxed_tiles(cpu, boxes)
 
 
 @functools.lru_cache(maxsize=4096)

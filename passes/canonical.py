@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import fx
 
 from attnopt.ir import expr as E
@@ -28,12 +30,40 @@ Target = tuple[tuple[Axis, ...], ...]
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How the rewritten graph makes a tensor that the author's does not have.
+
+    op:      op(Tensor[] tensors, SymInt[] lengths, str text) -> Tensor, along the dimensions of
+             the target that its layout holds
+    inputs:  tensors of the author's program, each brought to its own target
+    lengths: of these dimensions
+    """
+
+    op: Any
+    inputs: tuple[Tensor, ...]
+    lengths: tuple[tuple[Axis, ...], ...]
+    text: str
+    dtype: torch.dtype
+    #: tokens to an entry along each dimension of the target; () for one
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Tensor:
-    """A tensor of the functional view, its layout, and the dimensions it is to be brought to."""
+    """A tensor of the functional view, its layout, and the dimensions it is to be brought to.
+
+    With a recipe it is made from others, and `node` is the one that it stands for.
+    """
 
     node: fx.Node
     layout: Layout
     target: Target
+    recipe: Recipe | None = None
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """The tensors of the author's program that it needs."""
+        return (self,) if self.recipe is None else self.recipe.inputs
 
 
 @dataclass
@@ -52,11 +82,17 @@ class Canonical:
     saved: tuple[str, ...] = ()
     #: what makes operands of the author that the Spec computes by itself
     computed: frozenset[fx.Node] = frozenset()
+    #: of a local attention that is read over its tokens: how many groups of queries the author
+    #: copies keys for, per leading index, and how many keys for each
+    copies: tuple[int, int] | None = None
+    #: what the model itself computes, where the user asked for an approximation
+    exact: Spec | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
+        """Every tensor of the author's program that the rewrite reads."""
         named = [self.operands[o.slot] for o in self.spec.operands if o.slot in self.operands]
-        return [self.query, self.key, self.value, *named]
+        return [s for t in (self.query, self.key, self.value, *named) for s in t.sources]
 
     def lengths(self, target: Sequence[Sequence[Axis]], layout: Layout) -> tuple[object, ...]:
         """Lengths of a tensor brought to `target`: 1 where it holds no axis."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from attnopt.errors import OptionError
+from attnopt.rules import Approximation
 
 PREFERENCES = ("speed", "memory")
 LOWERINGS = ("aten", "cpp", "triton")
@@ -19,7 +20,8 @@ class Options:
 
     rules:       None for all registered rules, or the names or rule objects to use
     only:        None, or a pattern of module paths ("encoder.*") outside which nothing is rewritten
-    approximate: None for exact rewrites alone, or a tolerance by kind, {"logits": 1e-3}
+    approximate: None, or a tolerance by kind. "output": what an approximation among the rules may
+                 change of a site's result, root mean square over root mean square
     prefer:      "speed", or "memory" (never materialise N x N)
     verify:      compare every rewrite with the original in float64
     backend:     "auto", or the lowerings allowed, one of or several of "aten", "cpp", "triton"
@@ -55,6 +57,17 @@ class Options:
         if self.backend == "auto":
             return LOWERINGS
         return (self.backend,) if isinstance(self.backend, str) else self.backend
+
+    @property
+    def approximations(self) -> tuple[Approximation, ...]:
+        """The rules of the user that are not exact."""
+        return tuple(r for r in self.rules or () if isinstance(r, Approximation))
+
+    @property
+    def exact_rules(self) -> tuple[Any, ...] | None:
+        """The other rules, None for all registered ones."""
+        others = tuple(r for r in self.rules or () if not isinstance(r, Approximation))
+        return others or (None if self.rules is None or self.approximations else ())
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:

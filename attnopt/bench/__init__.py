@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attnopt import environment
-from attnopt.bench import cpu, gpu, optimizing, overhead, spellings, summary, tiles
+from attnopt.bench import cpu, gpu, optimizing, overhead, sparse, spellings, summary, tiles
 from attnopt.errors import OptionError
 
 Suite = Callable[..., dict[str, Any]]
@@ -27,12 +27,13 @@ SUITES: dict[str, Suite] = {
     "optimize": optimizing.measure,
     "spellings": spellings.measure,
     "cpu": cpu.measure,
+    "sparse": sparse.measure,
     "gpu": gpu.measure,
     "tiles": tiles.measure,
     "gpu-tiles": tiles.measure_gpu,
 }
 #: suites whose results are rows that a chart can show
-_ROWS = ("cpu", "gpu")
+_ROWS = ("cpu", "sparse", "gpu")
 #: results that belong to the repository; an installed package has no such place to write to
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,8 +47,8 @@ def run(
 ) -> dict[str, Any]:
     """Run suites by name and return one record: machine, versions, date, results by suite.
 
-    options: of the suites (repeats, compiled, quick, cases, budget); each gets those that it has
-    and that are not None. A suite that finds nothing to run on leaves no results.
+    options: of the suites (repeats, compiled, quick, full, cases, budget); each gets those that it
+    has and that are not None. A suite that finds nothing to run on leaves no results.
 
     Raises:
         OptionError: no such suite.

@@ -1,14 +1,15 @@
 """The attentions that are measured: as an author writes them, and as each peer would take them.
 
-An `Attention` is a module of query (B, H, Q, D), key and value (B, H or fewer, K, D). `forward` is
-the author's code in plain PyTorch. `fused` gives the arguments of SDPA that say the same, `score`
-and `keep` the two functions that FlexAttention takes; these also make the float64 truth, so that it
-does not come from the code that is judged.
+An `Attention` is a module of query (B, H, Q, D), key and value (B, H or fewer, K, D), and of what
+`extras` gives beside them. `forward` is the author's code in plain PyTorch. `fused` gives the
+arguments of SDPA that say the same, `score` and `keep` the two functions that FlexAttention takes;
+these also make the float64 truth, so that it does not come from the code that is judged.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,23 @@ class Attention(nn.Module):
     #: whether `score` and `keep` differ from what every attention has
     has_score = False
     has_keep = False
+    #: whether batch entries differ in what `keep` says
+    by_batch = False
+
+    def extras(self) -> tuple[Tensor, ...]:
+        """Inputs of `forward` after the value: what a user gives with each call."""
+        return ()
+
+    def see(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Called once with the inputs, for `fused`, `score` and `keep` that depend on them."""
+
+    def pairs(self, queries: int, keys: int) -> int | None:
+        """Visible scores of one head, where `keep` does not tell."""
+        return None
+
+    def others(self) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """Further spellings by an author, by the name of their baseline."""
+        return {}
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if key.shape[1] != query.shape[1]:

@@ -228,7 +228,8 @@ def kernel_call(shape: Shape, tile: Tile, tensors: tuple[Tensor, ...]) -> Callab
 
 
 def _features(shape: Shape, tile: Tile, device: Cpu) -> Mapping[str, float]:
-    counts = count_tiles(shape.spec.mask, shape.queries, shape.keys, *tile[:2], tail=True)
+    counts = count_tiles(shape.spec.mask, shape.queries, shape.keys, tile[0], tile[1],
+                         tail=True)
     return cpu.features(device, shape.work, counts, tile)
 
 
@@ -283,7 +284,8 @@ def threads(device: Cpu, quick: bool = False) -> tuple[Cpu, float]:
     if scaling < FREE:
         return device, scaling
     tile = cpu_tiles(device, small.queries, small.keys)[0]
-    counts = count_tiles(small.spec.mask, small.queries, small.keys, *tile[:2], tail=True)
+    counts = count_tiles(small.spec.mask, small.queries, small.keys, tile[0], tile[1],
+                         tail=True)
     still = dataclasses.replace(device, coefficients={**device.coefficients, "thread": 0.0})
     one, two = (cpu.seconds(still, small.work, counts, tile, n) for n in (1, 2))
     woken = times[f"{small} 2"] - two * times[f"{small} 1"] / one

@@ -61,16 +61,19 @@ def truth(attention: Attention, query: Tensor, key: Tensor, value: Tensor,
     return Truth(places, tuple(found))
 
 
-def visible(attention: Attention, queries: int, keys: int, device: torch.device) -> int:
-    """How many (row, key) pairs of one head are computed."""
-    if not attention.has_keep:
-        return queries * keys
+def visible(attention: Attention, queries: int, keys: int, device: torch.device,
+            batch: int = 1) -> int:
+    """How many (row, key) pairs of one head are computed, in all batch entries."""
+    known = attention.pairs(queries, keys)
+    if known is not None or not attention.has_keep:
+        return batch * (queries * keys if known is None else known)
     total = 0
     k = torch.arange(keys, device=device)
-    for start in range(0, queries, _ROWS):
-        q = torch.arange(start, min(start + _ROWS, queries), device=device)[:, None]
-        total += int(attention.keep(0, 0, q, k).sum())
-    return total
+    for b in range(batch if attention.by_batch else 1):
+        for start in range(0, queries, _ROWS):
+            q = torch.arange(start, min(start + _ROWS, queries), device=device)[:, None]
+            total += int(attention.keep(b, 0, q, k).expand(len(q), keys).sum())
+    return total if attention.by_batch else batch * total
 
 
 def _block(attention: Attention, b: int, h: int, query: Tensor, key: Tensor, value: Tensor,

@@ -1,17 +1,23 @@
 """Attention kernels on a CUDA device: every row beside eager code, SDPA, torch.compile, flex.
 
 Wall time with a wait for the device. The rows stand in the order of their worth: a run ends when
-its time is used up and says what is missing.
+its time is used up and says what is missing. Two rows are windows on an image and on a video whose
+masks would not fit into memory: beside FlexAttention stands cuDNN over all keys, which computes
+something else and is what a window replaces. Their share of the roofline is that of the scores
+within the windows: the limit of the operations.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from attnopt.bench import summary
 from attnopt.bench.attentions import (
@@ -24,6 +30,7 @@ from attnopt.bench.attentions import (
 )
 from attnopt.bench.cpu import chosen
 from attnopt.bench.side_by_side import BASELINES, Case, run_case
+from attnopt.bench.sparse_attentions import Grid
 
 _FUSED = tuple(name for name in BASELINES if name != "eager")
 _LONG = 8192
@@ -39,6 +46,44 @@ def _row(name: str, make: Callable[[], Attention], length: int, head_dim: int = 
                 dtype=torch.bfloat16, baselines=baselines, **more)
 
 
+class WideGrid(Grid):
+    """Windows on a grid of so many tokens that no mask of all pairs is made, by anyone."""
+
+    def __init__(self, length: tuple[int, ...], window: tuple[int, ...]) -> None:
+        super().__init__(length, window, "computed")
+        self._flex: Callable[..., Tensor] | None = None
+
+    def pairs(self, queries: int, keys: int) -> int | None:
+        return queries * math.prod(self.window)
+
+    def others(self) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        return {"flex": self.flexible, "cudnn, all keys": self.dense}
+
+    def flexible(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """FlexAttention; its block mask is made by compiled code, tile by tile, and once."""
+        if self._flex is None:
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+            count = math.prod(self.length)
+            mask = create_block_mask(lambda b, h, q, k: self.keep(b, h, q, k), None, None, count,
+                                     count, device=query.device.type, _compile=True)
+            self._flex = functools.partial(torch.compile(flex_attention, dynamic=False),
+                                           block_mask=mask)
+        return self._flex(query, key, value)
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(query, key, value)
+
+
+def _grid(name: str, length: tuple[int, ...], window: tuple[int, ...], heads: int = 24,
+          head_dim: int = 128) -> Case:
+    return Case(name, functools.partial(WideGrid, length, window), heads=heads,
+                length=math.prod(length), head_dim=head_dim, dtype=torch.bfloat16, baselines=())
+
+
 CASES = (
     _row("dense", Attention, 4096),
     _row("causal", Causal, 4096),
@@ -46,6 +91,8 @@ CASES = (
     _row("alibi", functools.partial(Alibi, 16), 4096),
     _row("softcap", Softcap, 4096),
     _row("neighbourhood", functools.partial(Neighborhood, 64, 64, 13), 4096, 64),
+    _grid("2-D window 80 on 256x256", (256, 256), (80, 80)),
+    _grid("3-D window 18x24x24 on 30x48x80", (30, 48, 80), (18, 24, 24)),
     _row("training causal", Causal, 4096, training=True),
     _row("training alibi", functools.partial(Alibi, 16), 4096, training=True),
     _row("causal", Causal, 16384),
@@ -61,13 +108,14 @@ CASES = (
     _row("grouped queries causal", Causal, 8192, kv_heads=4),
     _row("dense", Attention, 16384, 64),
 )
-#: seven short rows, to see that everything runs
+#: eight short rows, to see that everything runs
 QUICK = tuple(_row(name, make, 256, 64, **more) for name, make, more in (
     ("dense", Attention, {}), ("causal", Causal, {}),
     ("sliding window", functools.partial(SlidingWindow, 64), {}),
     ("alibi", functools.partial(Alibi, 16), {}), ("softcap", Softcap, {}),
     ("neighbourhood", functools.partial(Neighborhood, 16, 16, 5), {}),
-    ("training causal", Causal, {"training": True})))
+    ("training causal", Causal, {"training": True}))) + (
+    _grid("3-D window", (4, 12, 16), (3, 5, 7), 4, 64),)
 
 
 def measure(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_SYSTEM = Path("/proc/meminfo")
 
 
 def peak(fn: Callable[[], object], device: torch.device) -> int | None:
@@ -38,6 +39,17 @@ def peak(fn: Callable[[], object], device: torch.device) -> int | None:
     except (OSError, AttributeError, StopIteration):
         return None
     return max(0, after - before)
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that are free on the device; None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = _SYSTEM.read_text("ascii", "replace").splitlines()
+        return 1024 * int(next(n for n in lines if n.startswith("MemAvailable:")).split()[1])
+    except (OSError, StopIteration):
+        return None
 
 
 def _status(name: str) -> int:

@@ -4,6 +4,7 @@
     sdpa      scaled_dot_product_attention, with a ready-made mask or bias where it needs one
     compile   torch.compile of the author's code
     flex      compiled FlexAttention, with block mask and score function
+    unfold    or another name: a further spelling by an author, where the attention has one
     ours      attnopt.optimize of the author's code
 
 A matrix product runs in the same rounds: its rate is the ceiling of which each row has a share. (A
@@ -96,11 +97,12 @@ def run_case(
     place = torch.device(device)
     attention = case.make().eval().to(place)
     inputs = case.inputs(place)
+    attention.see(*inputs)
     gradient = torch.ones_like(inputs[0]) if case.training else None
     with torch.set_grad_enabled(case.training):
         steps, left_out = _baselines(case, attention, inputs, gradient, compiled)
-        optimized = optimize(attention, inputs, verify=False)
-        steps[OURS] = _step(optimized, inputs, gradient)
+        optimized = optimize(attention, (*inputs, *attention.extras()), verify=False)
+        steps[OURS] = _step(_whole(optimized, attention), inputs, gradient)
         exact = truth(attention, *inputs, gradient)
         errors = {name: exact.error(step()) for name, step in steps.items()}
         peaks = {name: memory.peak(step, place) for name, step in steps.items()}
@@ -167,11 +169,18 @@ def _baselines(
     builders = {"eager": _eager, "sdpa": _sdpa, "compile": _compile, "flex": _flex}
     steps: dict[str, Step] = {}
     left_out: dict[str, str] = {}
-    for name in case.baselines:
+    others = attention.others()
+    for name in dict.fromkeys((*case.baselines, *others)):
         if name in COMPILED and not compiled:
             continue
+        need = _composed_bytes(case) if name == "eager" else 0
+        room = memory.free(inputs[0].device)
+        if room is not None and need > room:
+            left_out[name] = f"needs {need / 1e9:.0f} GB, {room / 1e9:.0f} GB are free"
+            continue
         try:
-            step = _step(builders[name](attention, inputs), inputs, gradient)
+            fn = others[name] if name in others else builders[name](attention, inputs)
+            step = _step(fn, inputs, gradient)
             step()
         except Exception as error:  # a peer's limit is a finding, not an error of ours
             left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
@@ -179,6 +188,11 @@ def _baselines(
             continue
         steps[name] = step
     return steps, left_out
+
+
+def _composed_bytes(case: Case) -> int:
+    """Of an author's composition at its peak: scores, masked scores and weights."""
+    return 3 * case.batch * case.heads * case.length**2 * case.dtype.itemsize
 
 
 def _step(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor | None) -> Step:
@@ -192,8 +206,14 @@ def _step(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tenso
     return train
 
 
+def _whole(module: Callable[..., Tensor], attention: Attention) -> Callable[..., Tensor]:
+    """The author's module, or what became of it, as a function of query, key and value."""
+    extras = attention.extras()
+    return (lambda *inputs: module(*inputs, *extras)) if extras else module
+
+
 def _eager(attention: Attention, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    return attention
+    return _whole(attention, attention)
 
 
 def _sdpa(attention: Attention, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
@@ -208,8 +228,7 @@ def _sdpa(attention: Attention, inputs: tuple[Tensor, ...]) -> Callable[..., Ten
 
 def _compile(attention: Attention, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
     torch.compiler.reset()
-    compiled: Callable[..., Tensor] = torch.compile(attention, dynamic=False)
-    return compiled
+    return _whole(torch.compile(attention, dynamic=False), attention)
 
 
 def _flex(attention: Attention, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
@@ -224,7 +243,8 @@ def _flex(attention: Attention, inputs: tuple[Tensor, ...]) -> Callable[..., Ten
         options["score_mod"] = lambda score, b, h, q, k: attention.score(score, b, h, q, k)
     if attention.has_keep:
         options["block_mask"] = create_block_mask(
-            lambda b, h, q, k: attention.keep(b, h, q, k), None, None, query.shape[-2],
+            lambda b, h, q, k: attention.keep(b, h, q, k),
+            query.shape[0] if attention.by_batch else None, None, query.shape[-2],
             key.shape[-2], device=query.device.type)
     torch.compiler.reset()
     return functools.partial(torch.compile(flex_attention, dynamic=False), **options)
@@ -245,7 +265,7 @@ def _products(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[]
 
 def _share(case: Case, attention: Attention, device: torch.device, seconds: list[float],
            rates: list[float]) -> dict[str, Any]:
-    pairs = visible(attention, case.length, case.length, device) * case.batch * case.heads
+    pairs = visible(attention, case.length, case.length, device, case.batch) * case.heads
     work = 4 * case.head_dim * pairs * (1 + _BACKWARD * case.training)
     share = statistics.median(work / s / rate for s, rate in zip(seconds, rates, strict=True))
     return {"work": work, "density": pairs / (case.batch * case.heads * case.length**2),

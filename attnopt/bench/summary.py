@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from attnopt.bench.side_by_side import BASELINES, OURS
 from attnopt.timing import format_seconds
 
-_COLUMNS = ("case", "shape", "dtype", *BASELINES, OURS, "roof", "peak", "error", "by")
 _COLOURS = {"eager": "#9a9a9a", "sdpa": "#3b78b5", "compile": "#d98a3d", "flex": "#5a9a5a",
-            "1 thread": "#9a9a9a"}
+            "unfold": "#8a6fb0",
+            "create_block_mask": "#5a9a5a", "1 thread": "#9a9a9a"}
 
 
 def line(name: str, row: Mapping[str, Any]) -> str:
@@ -23,6 +23,10 @@ def line(name: str, row: Mapping[str, Any]) -> str:
         goal = f", must be {found['at_least']:g}x" if "at_least" in found else ""
         ratios.append(f"{found['ratio']:.2f}x {other} ({low:.2f} to {high:.2f}{goal}"
                       f"{': MISSED' if found.get('missed') else ''})")
+    for limit, found in row.get("limits", {}).items():
+        most = found["must_not_exceed"]
+        text = format_seconds(most) if limit == "seconds" else f"{most / 1e6:.0f} MB"
+        ratios.append(f"must not exceed {text}{': MISSED' if found['missed'] else ''}")
     how = " ".join(filter(None, (row["ours"].get("lowering"), row["ours"].get("tile"))))
     time = format_seconds(ours["seconds"]) if ours else ""
     share = f"; {row['roofline_share']:.0%} of the roofline" if "roofline_share" in row else ""
@@ -31,8 +35,12 @@ def line(name: str, row: Mapping[str, Any]) -> str:
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lines of a table: times in all columns of contestants, ours with share, peak and error."""
-    lines = [list(_COLUMNS)] + [_cells(name, row) for name, row in rows.items()]
-    wide = [max(len(cells[i]) for cells in lines) for i in range(len(_COLUMNS))]
+    further = {other: None for row in rows.values() for other in row["contestants"]}
+    timed = list(dict.fromkeys((*BASELINES, *further)))
+    timed = [*(name for name in timed if name != OURS), OURS]
+    lines = [["case", "shape", "dtype", *timed, "roof", "peak", "error", "by"]]
+    lines += [_cells(name, row, timed) for name, row in rows.items()]
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(f"{cell:{width}}" for cell, width in zip(cells, wide, strict=True)).rstrip()
             for cells in lines]
 
@@ -81,10 +89,10 @@ def chart(rows: Mapping[str, Mapping[str, Any]], path: Path, title: str) -> bool
     return True
 
 
-def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
+def _cells(name: str, row: Mapping[str, Any], timed: Iterable[str]) -> list[str]:
     contestants = row["contestants"]
     times = [format_seconds(contestants[other]["seconds"]) if other in contestants else "-"
-             for other in (*BASELINES, OURS)]
+             for other in timed]
     ours = contestants.get(OURS, {})
     peak = ours.get("peak_bytes")
     return [name, row["shape"], row["dtype"], *times,

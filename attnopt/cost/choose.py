@@ -8,6 +8,7 @@ the order in which candidates are given.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from attnopt.cost import cpu, gpu, plain
 from attnopt.cost.devices import Cpu, Device, Gpu
 from attnopt.cost.gpu import Usage
-from attnopt.cost.tiles import TileCounts, count_tiles
+from attnopt.cost.tiles import TileCounts, count_halos, count_tiles
 from attnopt.cost.work import Work
 from attnopt.ir.mask import Mask
 from attnopt.ir.tiling import Tiling, tile_size
@@ -32,10 +33,12 @@ PLAIN = {"aten:sdpa": "sdpa", "aten:dense": "dense", "aten:blocks": "blocks"}
 class Candidate:
     """A lowering ("cpp", "triton", "gluon", "aten:sdpa" …) with its tile.
 
-    tile:    as in `Schedule`: (query rows, keys, …); (rows, entries) or () for ATen
+    tile:    as in `Schedule`: (query rows, keys, …); (rows, entries) or () for ATen; for C++ that
+             gathers keys (query rows, keys, MR, NV, *box)
     usage:   registers, shared memory and spills of the compiled kernel, where they are known
     boxes:   the tilings of queries and keys, where tiles are boxes of a grid
     density: share of the scores that an ATen lowering computes
+    seconds: predicted by a model of the lowering's own
     """
 
     lowering: str
@@ -43,6 +46,7 @@ class Candidate:
     usage: Usage | None = None
     boxes: tuple[Tiling, Tiling] | None = None
     density: float = 1.0
+    seconds: float | None = None
 
     def __str__(self) -> str:
         return " ".join([self.lowering, "x".join(map(str, self.tile))]).strip()
@@ -82,9 +86,26 @@ def choose(candidates: Sequence[Candidate], work: Work, mask: Mask, device: Devi
         return count_tiles(mask, work.queries, work.keys, tile_q, tile_k, leading, operands,
                            tail=True)
 
+    @functools.cache
+    def gathered(box: tuple[int, ...], keys: int) -> TileCounts | None:
+        leads = leading if mask.axes - {"q", "k"} else ()
+        return count_halos(mask, work.queries, work.keys, box, keys, leads)
+
     estimates = []
     for candidate in candidates:
+        if candidate.seconds is not None:
+            estimates.append(Estimate(candidate, candidate.seconds))
+            continue
         reason = refused(candidate, device)
+        if not reason and is_gathered(candidate):
+            halos = gathered(candidate.tile[4:], candidate.tile[1])
+            if halos is None:
+                reason = f"the mask has no halos of {candidate.tile[4:]}"
+            else:
+                estimates.append(Estimate(
+                    candidate, _tiled(candidate, work, halos, device, threads),
+                    int(halos.visited.sum())))
+                continue
         if reason:
             estimates.append(Estimate(candidate, reason=reason))
         elif candidate.lowering in PLAIN:
@@ -102,6 +123,11 @@ def choose(candidates: Sequence[Candidate], work: Work, mask: Mask, device: Devi
         near = [e for e in legal if e.seconds <= bound]
         best = min(near, key=lambda e: (e.visited, e.seconds))
     return Choice(best, tuple(sorted(estimates, key=lambda e: (e is not best, e.seconds))))
+
+
+def is_gathered(candidate: Candidate) -> bool:
+    """Whether it is C++ that gathers the keys of boxes of queries."""
+    return candidate.lowering == "cpp" and len(candidate.tile) > 4
 
 
 def refused(candidate: Candidate, device: Device) -> str:
@@ -126,9 +152,11 @@ def refused(candidate: Candidate, device: Device) -> str:
 
 
 def _refused_on_cpu(candidate: Candidate, device: Cpu) -> str:
-    if candidate.lowering != "cpp" or len(candidate.tile) != 4:
+    if candidate.lowering != "cpp" or len(candidate.tile) < 4:
         return f"lowering must be cpp with 4 numbers on a CPU, got {candidate}"
-    _, keys, mr, nv = candidate.tile
+    rows, keys, mr, nv, *box = candidate.tile
+    if math.prod(box) > rows:
+        return f"box must have at most {rows} queries, got {box}"
     if mr * nv + nv + 1 > device.registers:
         return f"spills: {mr} x {nv} sums do not fit into {device.registers} registers"
     if keys % (nv * device.width):

@@ -13,7 +13,7 @@ a sum of counted features times coefficients in nanoseconds, which a calibration
     spill   KB that inner loops read from the second-level cache as a tile exceeds the first
     stream  KB of keys and values from behind the second-level cache
     visit   tiles;  query: query rows times channels, to begin and end
-    pack    key and value elements that are packed
+    pack    key and value elements that are packed;  gather: those that a box of queries gathers
     far     KB of tensors beyond the second-level cache, read or written once
     call    calls;  thread: threads that are woken
 
@@ -31,13 +31,13 @@ import torch
 from attnopt.cost.devices import Cpu
 from attnopt.cost.makespan import makespan
 from attnopt.cost.tiles import TileCounts
-from attnopt.cost.work import Work
+from attnopt.cost.work import GATHER, READ, Work
 
 #: nanoseconds by feature where a device has none; of a 2.5 GHz core with two AVX-512 units
 COEFFICIENTS: Mapping[str, float] = {
     "fma": 0.45, "load": 0.024, "block": 4.3, "store": 0.35, "score": 4.5, "op": 0.53,
     "hidden": 0.5, "row": 1.5, "spill": 3.6, "stream": 14.0, "visit": 48.0, "query": 0.87,
-    "pack": 0.9, "far": 130.0, "call": 4900.0, "thread": 3000.0,
+    "pack": 0.9, "gather": 0.4, "far": 130.0, "call": 4900.0, "thread": 3000.0,
 }
 #: share of the first-level cache that a panel may take before it falls out between uses
 FITS = 0.75
@@ -48,7 +48,7 @@ Features = Mapping[str, float]
 def visit_features(device: Cpu, work: Work, tile: Sequence[int], rows: int, depth: int,
                    ) -> dict[str, float]:
     """Features of one query tile with `rows` rows on one key tile with `depth` keys."""
-    _, block_keys, mr, nv = tile
+    _, block_keys, mr, nv, *_box = tile
     found: dict[str, float] = defaultdict(float)
     row_blocks, vectors = -(-rows // mr), block_keys // device.width
     channels = -(-work.value_dim // device.width)
@@ -78,7 +78,7 @@ def visit_features(device: Cpu, work: Work, tile: Sequence[int], rows: int, dept
 
 
 def features(device: Cpu, work: Work, counts: TileCounts, tile: Sequence[int]) -> dict[str, float]:
-    """Features of a whole call by one thread; tile: (query rows, keys, MR, NV)."""
+    """Features of a whole call by one thread; tile: (query rows, keys, MR, NV, *box)."""
     total: dict[str, float] = defaultdict(float)
     for part, times in _query_tiles(device, work, counts, tile):
         for name, n in part.items():
@@ -103,8 +103,12 @@ def _query_tiles(device: Cpu, work: Work, counts: TileCounts, tile: Sequence[int
 def _query_tile(device: Cpu, work: Work, counts: TileCounts, tile: Sequence[int], last: bool,
                 full: int, partial: int) -> dict[str, float]:
     block_q, block_k = tile[:2]
-    rows = work.queries - (-(-work.queries // block_q) - 1) * block_q if last else block_q
-    rest = work.keys % block_k
+    boxed = len(tile) > 4
+    if boxed:  # all alike; their keys are gathered, so that none is cut off
+        rows, rest = -(-work.queries // counts.full.shape[-1]), 0
+    else:
+        rows = work.queries - (-(-work.queries // block_q) - 1) * block_q if last else block_q
+        rest = work.keys % block_k
     found: dict[str, float] = defaultdict(float)
     visited = full + partial
     # A row that visits every key tile also visits the one that the end of the keys cuts off.
@@ -120,14 +124,20 @@ def _query_tile(device: Cpu, work: Work, counts: TileCounts, tile: Sequence[int]
     # Keys and values of a head that the second-level cache holds are streamed from there.
     held = 4 * work.keys * (work.head_dim + work.value_dim)
     beyond = min(1.0, max(0.0, held / device.l2 - 0.5))
-    moved = 4 * block_k * (work.head_dim + work.value_dim) * beyond
+    width = work.head_dim + work.value_dim
+    moved = 4 * block_k * width * beyond
+    if boxed:
+        found["gather"] += block_k * width * visited * work.sweeps
+        # Operands that vary along both axes are gathered, too.
+        found["op"] += rows * block_k / device.width * visited * work.sweeps * (
+            (GATHER - READ) * work.bias_bytes / work.item)
     moved += work.bias_bytes * rows * block_k
     found["stream"] += moved * visited * work.sweeps / 1024
     return found
 
 
 def _once(work: Work, device: Cpu, tile: Sequence[int]) -> dict[str, float]:
-    keys = -(-work.keys // tile[1]) * tile[1]
+    keys = 0 if len(tile) > 4 else -(-work.keys // tile[1]) * tile[1]
     in_place = work.dtype == "float32" and work.value_dim % device.width == 0
     width = work.head_dim + (0 if in_place else work.value_dim)
     moved = work.tensor_bytes + work.item * work.owners * keys * width
@@ -143,7 +153,7 @@ def weigh(device: Cpu, counted: Features) -> float:
 
 def seconds(device: Cpu, work: Work, counts: TileCounts, tile: Sequence[int],
             threads: int = 1) -> float:
-    """Predicted time of a call with the tile (query rows, keys, MR, NV)."""
+    """Predicted time of a call with the tile (query rows, keys, MR, NV, *box)."""
     once = _once(work, device, tile)
     parts = _query_tiles(device, work, counts, tile)
     costs = [(weigh(device, part), n) for part, n in parts]

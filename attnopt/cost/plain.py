@@ -44,9 +44,11 @@ def features(device: Cpu, work: Work, lowering: str, density: float = 1.0) -> di
     masked = float(work.mask_ops > 0)
     backward = 3.0 if work.backward else 1.0
     if lowering == "sdpa" and (work.head_dim == work.value_dim or work.queries == 0):
+        merged = work.scores * work.mask_passes
         return {"sdpa.flop": flop * backward, "sdpa.score": scores * backward,
-                "sdpa.mask": scores * masked, "sdpa.head": work.leading * backward,
-                "sdpa.call": 1.0}
+                "sdpa.mask": scores * max(masked, work.bias_bytes > 0),
+                "sdpa.head": work.leading * backward, "sdpa.call": 1.0,
+                "dense.pass": merged, "dense.far": float(merged * (4 * work.scores >= FRESH))}
     if lowering == "blocks":
         return {"blocks.flop": flop * backward, "blocks.softmax": scores * backward,
                 "blocks.pass": passes * backward, "blocks.call": 1.0 + work.queries / 256}

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from attnopt.ir import expr as E
+from attnopt.ir.axis_tables import axis_states
+from attnopt.ir.halos import halo_sizes
 from attnopt.ir.intervals import EMPTY, FULL, PARTIAL, tile_states
 from attnopt.ir.mask import ALL, Mask, Neighborhood, Windows
-from attnopt.ir.mask_base import And
 from attnopt.ir.tiling import GridTile, Tiling, tile_count
 
 
@@ -99,6 +100,17 @@ def count_tiles(mask: Mask, queries: int, keys: int, tile_q: Tiling, tile_k: Til
     return TileCounts((states == FULL).sum(-1), (states == PARTIAL).sum(-1), columns)
 
 
+def count_halos(mask: Mask, queries: int, keys: int, box: tuple[int, ...], block_k: int,
+                leading: Sequence[int] = ()) -> TileCounts | None:
+    """Key tiles that each box of queries visits where its keys are gathered, first those that no
+    row hides; None where the mask has no halos."""
+    sizes = halo_sizes(mask, queries, keys, box, tuple(leading))
+    if sizes is None:
+        return None
+    full = sizes[1] // block_k
+    return TileCounts(full, -(-sizes[0] // block_k) - full, -(-keys // block_k))
+
+
 def _cut(tiling: Tiling, tokens: int) -> Tensor:
     """bool (tiles,): those that the end of an axis cuts off."""
     grid = tiling if isinstance(tiling, GridTile) else GridTile((tokens,), (tiling,))
@@ -107,46 +119,6 @@ def _cut(tiling: Tiling, tokens: int) -> Tensor:
         own = torch.arange(1, -(-n // t) + 1) * t > n
         cut = (cut[:, None] | own).flatten()
     return cut
-
-
-def axis_states(mask: Mask, queries: int, keys: int, tile_q: Tiling, tile_k: Tiling,
-                ) -> list[Tensor] | None:
-    """Per grid axis int8 (query tiles, key tiles); None where the mask is no product of axes.
-
-    A pair of boxes is EMPTY where one axis is, FULL where all are, PARTIAL otherwise.
-    """
-    if not isinstance(tile_q, GridTile) or not isinstance(tile_k, GridTile):
-        return None
-    parts = mask.masks if isinstance(mask, And) else (mask,)
-    grids = [_axes(part, queries, keys) for part in parts]
-    known = [grid for grid in grids if grid is not None]
-    lengths = (tile_q.length, tile_k.length)
-    if len(known) != len(grids) or any(grid[1:] != lengths for grid in known):
-        return None
-    found: list[Tensor] = []
-    for axis, (n, m) in enumerate(zip(*lengths, strict=True)):
-        states = [tile_states(grid[0][axis].predicate(), n, m, tile_q.shape[axis],
-                              tile_k.shape[axis]) for grid in known]
-        found.append(functools.reduce(torch.minimum, states))  # EMPTY < PARTIAL < FULL: `and`
-    return found
-
-
-def _axes(mask: Mask, queries: int, keys: int,
-          ) -> tuple[list[Mask], tuple[int, ...], tuple[int, ...]] | None:
-    """(masks along each axis, lengths of the queries' grid, of the keys')."""
-    if not isinstance(mask, Neighborhood | Windows):
-        return None
-    inside = math.prod(n for n in mask.length[1:] if n is not None)
-    own = [tuple(tokens // inside if n is None else n for n in mask.length)
-           for tokens in (queries, keys)]
-    if isinstance(mask, Windows):
-        if any(w.has("size") for w in mask.window):
-            return None
-        return [Windows((w,)) for w in mask.window], own[0], own[1]
-    axes: list[Mask] = [
-        Neighborhood((w,), (s,), (d,), (c,), (n,)) for w, s, d, c, n in zip(
-            mask.window, mask.stride, mask.dilation, mask.causal, own[0], strict=True)]
-    return axes, own[0], own[1]
 
 
 def _outer(counts: Sequence[Tensor]) -> Tensor:

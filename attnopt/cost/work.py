@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnopt.ir.expr import Expr
+from attnopt.ir.lanes import look_up
 from attnopt.ir.spec import Spec
 
 #: bytes of an element; tfloat32: float32 in products of lower precision
@@ -22,6 +23,11 @@ INSTRUCTIONS = {
 }
 #: vector instructions of a load: at each score, and gathered by an index
 READ, GATHER = 2.0, 10.0
+#: share of them that remains per score where something varies along the keys but not with the rows:
+#: kernels compute it once for all rows of a tile
+HOISTED = 1 / 16
+#: lanes of the vectors for which a look-up is one load
+LANES = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Work:
     mask_ops:   vector instructions per score where the mask is applied
     bias_bytes: bytes of operands per score that are not shared by rows, keys or heads
     author_ops: passes over all scores that the author's own composition makes, besides its softmax
+    mask_passes: of these, the ones that make one tensor of all that is added to the scores, for
+                 fused attention
     score_bytes: size of a score in that composition
     sweeps:     2 where statistics of whole rows are needed first
     backward:   gradients are computed too
@@ -49,6 +57,7 @@ class Work:
     mask_ops: float = 0.0
     bias_bytes: float = 0.0
     author_ops: int = 1
+    mask_passes: int = 0
     score_bytes: int = 4
     sweeps: int = 1
     backward: bool = False
@@ -93,7 +102,8 @@ def work_of(spec: Spec, query: Sequence[int], key: Sequence[int], value: Sequenc
         score_ops=sum(instructions(e, spec) for e in per_score),
         mask_ops=instructions(predicate, spec),
         bias_bytes=sum(_bytes(slot, spec, dtype) for e in per_score for slot in e.slots),
-        author_ops=passes + (predicate.op != "const"), score_bytes=ITEM_SIZE[spec.compute or dtype],
+        author_ops=passes + (predicate.op != "const"),
+        mask_passes=_mask_passes(spec.logits, spec), score_bytes=ITEM_SIZE[spec.compute or dtype],
         sweeps=2 if spec.weights.has("stat") else 1, backward=backward)
 
 
@@ -101,12 +111,15 @@ def instructions(expr: Expr, spec: Spec) -> float:
     """Vector instructions per score; what does not vary along the keys costs nothing."""
     total = 0.0
     for node in expr.walk():
-        if "k" not in axes_of(node, spec):
+        axes = axes_of(node, spec)
+        if "k" not in axes:
             continue
+        times = 1.0 if "q" in axes else HOISTED
         if node.op == "load":
-            total += GATHER if node.args else READ
+            total += times * (GATHER if node.args and look_up(
+                node.args, LANES, lambda e: "k" not in axes_of(e, spec)) == "gather" else READ)
         else:
-            total += INSTRUCTIONS.get(node.op, 1.0)
+            total += times * INSTRUCTIONS.get(node.op, 1.0)
     return total
 
 
@@ -114,6 +127,15 @@ def _passes(expr: Expr, spec: Spec) -> int:
     """Operations of a composition that go over all scores."""
     return sum(1 for node in expr.walk() if node.args and node.op != "load"
                and axes_of(node, spec) >= {"q", "k"})
+
+
+def _mask_passes(expr: Expr, spec: Spec) -> int:
+    """Operations that make one tensor over all scores of what is added to them."""
+    terms = sum(1 for node in expr.walk() if node.op in ("add", "sub") and node.has("score")
+                and any(a.slots and not a.has("score") for a in node.args))
+    inner = sum(1 for node in expr.walk() if node.args and node.op != "load" and not node.has(
+        "score") and axes_of(node, spec) >= {"q", "k"})
+    return max(terms - 1, 0) + inner
 
 
 @functools.lru_cache(maxsize=4096)

@@ -117,7 +117,10 @@ class _Walk:
 
     def _node(self, node: Expr, args: list[Bounds | Truth]) -> Bounds | Truth:
         if self.shapes[node] is not None:
-            return self._pooled(node, torch.as_tensor(evaluate(node, self.env), device=self.device))
+            found = evaluate(node, self.env)
+            if not torch.is_tensor(found):  # filled in where it is, not copied there
+                found = torch.full((), found, device=self.device)
+            return self._pooled(node, found.to(self.device))
         match node.op:
             case "load" if self._is_missing(node):
                 return self._unknown(node)
@@ -234,12 +237,20 @@ class TileLists:
 def tile_lists(states: Tensor) -> TileLists:
     """Compressed rows of `tile_states`; give it transposed states for the lists of key tiles."""
     *leading, rows, columns = states.shape
-    # A stable sort of each row by kind keeps the order of the tiles within a kind.
-    ordered = torch.sort(states.reshape(-1, columns), dim=-1, descending=True, stable=True)
-    seen = ordered.values != EMPTY
-    full, visited = (states == FULL).sum(-1), (states != EMPTY).sum(-1)
-    ends = visited.flatten().cumsum(0).view(visited.shape)
-    starts = torch.cat([ends - visited, ends[..., -1:]], -1) if rows else (
-        ends.new_zeros(*leading, 1))
-    return TileLists(starts.int(), (ends - visited + full).int(), ordered.indices[seen].int(),
-                     ordered.values[seen])
+    flat = states.reshape(math.prod(leading) * rows, columns)
+    full, visited = (flat == FULL).sum(-1), (flat != EMPTY).sum(-1)
+    ends = visited.cumsum(0)
+    first = ends - visited
+    tiles = torch.empty(int(visited.sum()), dtype=torch.int32, device=states.device)
+    kinds = torch.empty(len(tiles), dtype=torch.int8, device=states.device)
+    for kind, begin, count in ((FULL, first, full), (PARTIAL, first + full, visited - full)):
+        row, column = (flat == kind).nonzero(as_tuple=True)
+        # What is found in row-major order moves on by what other kinds take up before it.
+        place = torch.arange(len(row), device=states.device) + (
+            begin - (count.cumsum(0) - count))[row]
+        tiles[place] = column.int()
+        kinds[place] = kind
+    starts = first.view(*leading, rows)
+    last = ends.view(*leading, rows)[..., -1:] if rows else starts.new_zeros(*leading, 1)
+    return TileLists(torch.cat([starts, last], -1).int(), (first + full).view(*leading, rows).int(),
+                     tiles, kinds)

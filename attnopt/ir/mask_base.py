@@ -10,12 +10,15 @@ import dataclasses
 import functools
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+
+if TYPE_CHECKING:
+    from attnopt.ir.mask_picture import Picture
 
 Q, K = E.index("q"), E.index("k")
 #: the keys that `Mask.keeps` is asked about: the first one, and the one at the row's own place
@@ -98,6 +101,13 @@ class Mask:
         shape = (*leading, queries, keys)
         kept = evaluate(self.predicate(), Env(shape, operands or {}))
         return torch.as_tensor(kept, dtype=torch.bool).expand(shape).clone()
+
+    def picture(self, queries: int, keys: int | None = None, **options: Any) -> Picture:
+        """Its tiles at these lengths, to be printed or shown, with density and waste; the options
+        are those of `attnopt.ir.mask_picture.picture`."""
+        from attnopt.ir.mask_picture import picture
+
+        return picture(self, queries, keys, **options)
 
     def __str__(self) -> str:
         fields = [write_field(getattr(self, f.name)) for f in dataclasses.fields(self)]

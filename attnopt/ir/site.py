@@ -38,6 +38,14 @@ class SiteRecord:
     #: max error of the original and the bound that `error` was held to
     error_original: float | None = None
     error_bound: float | None = None
+    #: the approximation that the user asked for, and what it changes on the example: root mean
+    #: square of the difference over that of the exact result
+    approximation: str = ""
+    deviation: float | None = None
+    #: share of the scores in tiles that are visited, and a picture of these tiles at the lengths of
+    #: the example (`attnopt.ir.mask_picture.parse`)
+    tile_density: float | None = None
+    picture: str = ""
     #: the rules that were tried, nearest first, as "rule: first condition that failed"
     tried: list[str] = field(default_factory=list)
 

@@ -68,7 +68,18 @@ def members(tiling: Tiling, tokens: int, device: torch.device | None = None) -> 
     shape = (math.prod(grid.counts), grid.size)
     if not tokens:
         return torch.zeros(shape, dtype=torch.int64, device=device)
+    if device is not None and device.type != "cpu":
+        return _computed(grid, device)
     return torch.frombuffer(_places(grid), dtype=torch.int64).view(shape).to(device)
+
+
+def _computed(grid: GridTile, device: torch.device) -> Tensor:
+    """`members` by arithmetic on a device, which a copy would have to wait for."""
+    found = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    for n, side, count in zip(grid.length, grid.shape, grid.counts, strict=True):
+        own = torch.arange(count * side, device=device).clamp(max=n - 1).view(count, side)
+        found = (found[:, None, :, None] * n + own[None, :, None, :]).flatten(2).flatten(0, 1)
+    return found
 
 
 @functools.lru_cache(maxsize=32)

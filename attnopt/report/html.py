@@ -13,7 +13,7 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from attnopt.report import table
+from attnopt.report import pictures, table
 from attnopt.report.rows import Row, counts_line, fold
 from attnopt.report.text import LONGEST, printable
 
@@ -37,6 +37,9 @@ def fragment(report: Report, diff_lines: int | None = _DIFF_LINES) -> str:
         _table(rows),
         _kept(rows),
         _canonical(rows),
+        _section("Approximate, as asked for",
+                 [f"<b>{_breakable(printable(path, LONGEST))}</b>: {_text(text, 2 * LONGEST)}"
+                  for path, text in table.approximations(rows)]),
         _summary(report),
         _diff(report.diff(), diff_lines),
     ]
@@ -102,9 +105,11 @@ def _more(row: Row, span: int) -> str:
         ("rules tried", "; ".join(site.tried)),
     ]
     facts = [(name, text) for name, text in facts if text]
-    if not facts:
+    if not facts and not site.picture:
         return ""
     listed = "".join(f"<dt>{n}</dt><dd>{_text(t, 20 * LONGEST)}</dd>" for n, t in facts)
+    if site.picture:
+        listed += f"<dt>mask</dt><dd>{pictures.figure(site)}</dd>"
     return (f"<tr class='more'><td colspan='{span}'><details><summary>details</summary>"
             f"<dl>{listed}</dl></details></td></tr>")
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.errors import AttnOptError, OptionError
 from attnopt.ir.site import SiteRecord
-from attnopt.report import codec, html, table, terminal
+from attnopt.report import codec, html, pictures, table, terminal
 from attnopt.report.rows import counts
 from attnopt.report.text import printable
 from attnopt.timing import Comparison, compare
@@ -87,6 +87,11 @@ class Report:
 
     def _repr_html_(self) -> str:
         return html.fragment(self)
+
+    def pictures(self) -> str:
+        """The masks of the sites: which tiles are visited at the lengths of the example, with
+        density, tile density and waste; equal ones once."""
+        return pictures.render(self.sites)
 
     def diff(self) -> str:
         """Unified diff of the readable graphs before and after; "" where nothing changed."""

@@ -19,7 +19,7 @@ from attnopt.ir.site import KINDS, STATUSES, SiteRecord
 from attnopt.report.text import printable
 
 #: differ from layer to layer without meaning anything, or are summed up in the row
-_VARYING = frozenset({"path", "node", "error", "error_original", "error_bound"})
+_VARYING = frozenset({"path", "node", "error", "error_original", "error_bound", "deviation"})
 _FIELDS = tuple(f.name for f in dataclasses.fields(SiteRecord) if f.name not in _VARYING)
 #: an fx node's number, in a reason
 _NODE_NUMBER = re.compile(r"(?<=[A-Za-z])_\d+\b")
@@ -59,7 +59,8 @@ class Row:
         rule = site.rule
         if site.kind != "attention":
             rule = f"{rule} ({site.kind})" if rule else f"({site.kind})"
-        density = "" if site.density is None else f"{100 * site.density:.3g}%"
+        known = site.density is not None and (site.mask or site.density < 1)
+        density = f"{100 * site.density:.3g}%" if known and site.density is not None else ""
         speedup = "" if site.predicted_speedup is None else f"{site.predicted_speedup:.2f}x"
         return {
             "path": self.path,

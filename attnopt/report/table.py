@@ -33,6 +33,7 @@ def render(report: Report, total: int = WIDTH) -> str:
         say(counts_line(report.sites)),
         kept(rows, say),
         canonical(rows, say),
+        approximate(rows, say),
         summary(report, say),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -100,6 +101,28 @@ def reasons(rows: Sequence[Row]) -> dict[str, int]:
 def canonical(rows: Sequence[Row], say: Say) -> list[str]:
     lines = [line for reason, n in reasons(rows).items() for line in say(reason, f"  {n} x ")]
     return ["Canonical, computed as the author does:", *lines] if lines else []
+
+
+def approximations(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(path, approximation with what it changes) of the sites where the user asked for one."""
+    found = []
+    for row in (r for r in rows if r.first.approximation):
+        if row.first.deviation is None and row.first.approximation.startswith("not used"):
+            found.append((row.path, row.first.approximation))
+            continue
+        worst = max((s.deviation for s in row.sites if s.deviation is not None), default=None)
+        changed = "not measured" if worst is None else (
+            f"changes the result by {100 * worst:.3g}% (root mean square, on the example)")
+        found.append((row.path, f"{row.first.approximation}: {changed}"))
+    return found
+
+
+def approximate(rows: Sequence[Row], say: Say) -> list[str]:
+    lines: list[str] = []
+    for path, text in approximations(rows):
+        lines += say(printable(path, LONGEST), "  ")
+        lines += say(printable(text, 2 * LONGEST), "    ")
+    return ["Approximate, as asked for:", *lines] if lines else []
 
 
 def summary(report: Report, say: Say) -> list[str]:

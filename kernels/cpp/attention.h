@@ -75,6 +75,23 @@ template <typename E> struct Operand : Matrix<E> {
   typename Wide<R>::type at_cell(const Place& p, int32_t q, int32_t first) const {
     return lanes_from<R>(this->at(p) + q * this->row, first);
   }
+  // The same of W columns that are gathered.
+  template <typename R> typename Wide<R>::type at_column(const Place& p, vi places) const {
+    return gather_from<R>(this->at(p), places);
+  }
+  template <typename R>
+  typename Wide<R>::type at_cell(const Place& p, int32_t q, vi places) const {
+    return gather_from<R>(this->at(p) + q * this->row, places);
+  }
+  template <typename R> typename Wide<R>::type gather_from(const E* x, vi places) const {
+    if (this->column == 0) return lift<R>(converted<R>(*x));
+    typename Wide<R>::type y;
+    for (int i = 0; i < W; i++) {
+      const int32_t k = places[i] < columns ? places[i] : columns - 1;
+      put<R>(y, i, converted<R>(x[k * this->column]));
+    }
+    return y;
+  }
   template <typename R> typename Wide<R>::type lanes_from(const E* x, int32_t first) const {
     if (this->column == 0) return lift<R>(converted<R>(*x));
     if (this->column != 1 || first + W > columns) return lanes_apart<R>(x, first);
@@ -117,6 +134,39 @@ template <typename E, int N> struct Table {
     int n = 0;
     auto offset = (0 + ... + inside(places, n++));
     return fetch<R>(offset);
+  }
+  // W neighbours along the last axis, or one number for all lanes: places are those of lane 0. The
+  // first argument tells whether the lanes are neighbouring columns, or any.
+  template <typename R, typename... I> auto run(int32_t, I... places) const {
+    int n = 0;
+    int32_t last = 0;
+    const int32_t offset = (0 + ... + along(lane(places), n++, last));
+    if (stride[N - 1] == 1 && last >= 0 && last + W <= length[N - 1]) return lanes_at<R>(offset);
+    return gather<R>(places...);
+  }
+  template <typename R, typename... I> auto run(vi, I... places) const {
+    return gather<R>(places...);
+  }
+  template <typename R, typename... I> auto same(int32_t, I... places) const {
+    int n = 0;
+    return Operand<E>::template lift<R>(fetch<R>((0 + ... + inside(lane(places), n++))));
+  }
+  template <typename R, typename... I> auto same(vi, I... places) const {
+    return gather<R>(places...);
+  }
+  static int32_t lane(int32_t x) { return x; }
+  static int32_t lane(vi x) { return x[0]; }
+  int32_t along(int32_t x, int n, int32_t& last) const {
+    if (n + 1 < N) return inside(x, n);
+    last = x;
+    return x;
+  }
+  template <typename R> typename Wide<R>::type lanes_at(int32_t offset) const {
+    if constexpr (std::is_same<E, float>::value && std::is_same<R, float>::value)
+      return ::load(data + offset);
+    typename Wide<R>::type y;
+    for (int i = 0; i < W; i++) Operand<E>::template put<R>(y, i, converted<R>(data[offset + i]));
+    return y;
   }
   int32_t inside(int32_t x, int n) const {
     return (x < 0 ? 0 : x < length[n] ? x : length[n] - 1) * stride[n];

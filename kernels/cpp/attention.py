@@ -19,7 +19,15 @@ from attnopt.kernels import printable
 from attnopt.kernels.aten.choose import rows_alike
 from attnopt.kernels.aten.tile import broadcast
 from attnopt.kernels.cpp import integers
-from attnopt.kernels.cpp.call import DTYPES, Kernel, kernel, log_sum_exp, signature_of
+from attnopt.kernels.cpp.call import (
+    DTYPES,
+    Gathers,
+    Kernel,
+    kernel,
+    log_sum_exp,
+    signature_of,
+)
+from attnopt.kernels.cpp.gathering import gathers
 from attnopt.kernels.cpp.integers import LARGEST
 from attnopt.kernels.cpp.isa import Isa
 from attnopt.kernels.cpp.template import Parts, Tile, source
@@ -88,16 +96,18 @@ def spec_reasons(spec: Spec) -> tuple[str, ...]:
 class Attention:
     """A Spec as generated C++: `attention(query, key, value, operands)` -> out or None.
 
-    tile: of the kernel, (rows, keys, block rows, block vectors); () to choose it at each call, by
-    lengths. None means that these tensors are not for the kernel (another dtype, an empty length,
-    integers beyond 32 bits), or that ATen is faster: the caller then computes them otherwise.
+    tile: of the kernel, (rows, keys, block rows, block vectors, *box), see `Tile`; () to choose it
+    at each call, by lengths. None means that these tensors are not for the kernel (another dtype,
+    an empty length, integers beyond 32 bits), or that ATen is faster: the caller then computes them
+    otherwise.
     """
 
     def __init__(self, spec: Spec, tile: Sequence[int] = (), target: Isa | None = None) -> None:
         self.spec, self.target = spec, target
-        self.tile = Tile(*tile) if len(tile) == 4 else None
+        self.tile = Tile.of(tile) if len(tile) >= 4 else None
         self.possible = not spec_reasons(spec) and not toolchain().why_not()
         self.skips = spec.weights is E.weight
+        self.varies = bool(spec.mask.axes - {"q", "k"})
         self.kernels: dict[Any, Kernel | None] = {}
         self.tiles: dict[Any, Tile | None] = {}
 
@@ -108,25 +118,23 @@ class Attention:
         tile = self.tile or self.chosen(query, key, value)
         if tile is None:
             return None
+        tile, lists = self.plan(query, key, value, operands, tile)
         run = self.kernel(tile, query, key, value, operands)
-        if run is None:
-            return None
-        return run(query, key, value, operands,
-                   lists=self.lists(query, key, value, operands, tile))
+        return None if run is None else run(query, key, value, operands, lists=lists)
 
     def with_lse(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
                  ) -> tuple[Tensor, Tensor] | None:
         """The same with the log-sum-exp (*L, Q) of the rows, in float32."""
         if not self.possible or not self.takes(query, key, value, operands):
             return None
-        tile = self.tile or self.chosen(query, key, value) or Tile()
+        tile, lists = self.plan(query, key, value, operands, self.tile or self.chosen(
+            query, key, value) or Tile())
         run = self.kernel(tile, query, key, value, operands)
         if run is None:
             return None
         leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         found = torch.empty((*leads, query.shape[-2], 2), dtype=torch.float32, device="cpu")
-        out = run(query, key, value, operands, statistics=found,
-                  lists=self.lists(query, key, value, operands, tile))
+        out = run(query, key, value, operands, statistics=found, lists=lists)
         return out, log_sum_exp(found)
 
     def kernel(self, tile: Tile, query: Tensor, key: Tensor, value: Tensor,
@@ -156,7 +164,7 @@ class Attention:
             schedule = schedule_of(Problem(
                 self.spec, tuple(query.shape), tuple(key.shape), tuple(value.shape), query.dtype,
                 threads=threads).rounded())
-            self.tiles[lengths] = Tile(*schedule.tile) if schedule.lowering == "cpp" else None
+            self.tiles[lengths] = Tile.of(schedule.tile) if schedule.lowering == "cpp" else None
         return self.tiles[lengths]
 
     def takes(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]) -> bool:
@@ -170,6 +178,20 @@ class Attention:
         return all(_fits(o, t, leads) for o, t in zip(self.spec.operands, operands, strict=True)
                    ) and integers.fits(self.spec, leads, query.shape[-2], key.shape[-2],
                                        value.shape[-1], operands)
+
+    def plan(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
+             tile: Tile) -> tuple[Tile, Gathers | tuple[Tensor, Tensor] | None]:
+        """The tile, without its box where these lengths have no halos, and what it visits."""
+        if tile.box:
+            leads: tuple[int, ...] = ()
+            if self.varies:
+                leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+            found = gathers(self.spec.mask, query.shape[-2], key.shape[-2], tile, leads
+                            ) if self.skips else None
+            if found is not None:
+                return tile, found
+            tile = tile.aligned
+        return tile, self.lists(query, key, value, operands, tile)
 
     def lists(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
               tile: Tile) -> tuple[Tensor, Tensor] | None:
@@ -233,10 +255,10 @@ def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[Tensor]]], training: 
     for spec, schedule, (query, key, value, *operands) in calls:
         signature = signature_of(spec, query, key, value, operands)
         tiles: Sequence[Sequence[int]] = [schedule.tile]
-        if len(schedule.tile) != 4:
+        if len(schedule.tile) < 4:
             tiles = legal_tiles(Problem(spec, tuple(query.shape), tuple(key.shape),
                                         tuple(value.shape), query.dtype), few=True)
-        sources.update((source(signature, Tile(*t), width), None) for t in tiles)
+        sources.update((source(signature, Tile.of(t), width), None) for t in tiles)
         if training and not training_reasons(spec):
             sources[backward_source(signature, (), backward_tile(spec, target), width)] = None
     compile_all(list(sources), target)

@@ -10,6 +10,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from attnopt.ir.spec import Operand, Spec
 from attnopt.kernels.aten.tile import broadcast
 from attnopt.kernels.cpp.isa import Isa, isa
-from attnopt.kernels.cpp.template import ELEMENTS, Signature, Tile, source
+from attnopt.kernels.cpp.template import ELEMENTS, Signature, Tile, is_table, source
 from attnopt.kernels.cpp.toolchain import compile_all, load
 
 #: names of torch dtypes that kernels read
@@ -25,6 +26,22 @@ DTYPES = {getattr(torch, name): name for name in ELEMENTS}
 #: the key tiles of every query tile: where they begin, int32 (*L or 1, query tiles + 1), and key
 #: tile * 2 + (1 where some of it may be hidden), int32
 Lists = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Gathers:
+    """Query tiles of any rows, whose keys are gathered: what a kernel with a box reads.
+
+    lists:  as `Lists`, with the number of keys * 2 + (1 where some may be hidden) for each tile
+    tokens: int32 (key tiles * keys of a tile): the keys of every tile, K where there is none
+    order:  int32 (query tiles * rows of a tile): the rows of every query tile, then -1
+    tiles:  number of query tiles
+    """
+
+    lists: Lists
+    tokens: Tensor
+    order: Tensor
+    tiles: int
 
 
 class Kernel:
@@ -38,7 +55,7 @@ class Kernel:
         self.function.argtypes, self.function.restype = [ctypes.c_void_p], None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor] = (),
-                 *, lists: Lists | None = None, statistics: Tensor | None = None,
+                 *, lists: Lists | Gathers | None = None, statistics: Tensor | None = None,
                  threads: int | None = None) -> Tensor:
         """query (*L, Q, D), key (*L, K, D), value (*L, K, Dv) -> (*L, Q, Dv).
 
@@ -58,7 +75,15 @@ class Kernel:
         for tensor in (query, key, value, out):
             words += matrix(tensor, rank)
         words += matrix(statistics, rank)
-        words += tile_lists(lists, rank)
+        if self.tile.box:
+            if not isinstance(lists, Gathers):
+                raise ValueError(f"lists must be Gathers for a box, got {type(lists).__name__}")
+            words += tile_lists(lists.lists, rank)
+            words += [lists.tokens.data_ptr(), lists.order.data_ptr(), lists.tiles]
+        else:
+            if isinstance(lists, Gathers):
+                raise ValueError("lists must be of aligned tiles without a box, got Gathers")
+            words += tile_lists(lists, rank)
         for described, tensor in zip(spec.operands, operands, strict=True):
             words += operand(described, tensor, rank, (keys, value.shape[-1]))
         arguments = array("q", words)
@@ -105,7 +130,7 @@ def operand(described: Operand, tensor: Tensor, rank: int, columns: tuple[int, i
     """The words of an operand: a matrix and its number of columns, or a table."""
     if described.slot == "score_weight":
         tensor = tensor.unsqueeze(-2)  # (D,) or (*L, D): one row
-    if described.axes is None:
+    if is_table(described):
         return [tensor.data_ptr(), *tensor.shape, *tensor.stride()]
     width = tensor.shape[-1] if tensor.dim() else 1
     return [*matrix(tensor, rank), columns[0] if width == 1 else width]

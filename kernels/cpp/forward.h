@@ -4,11 +4,14 @@
 // Passes: ONLINE computes everything in one sweep. Where the epilogue of the weights needs
 // statistics of whole rows, STATISTICS finds those in a first sweep and WEIGHTS uses them.
 enum { ONLINE, STATISTICS, WEIGHTS };
+constexpr int ROWS = (BQ + MR - 1) / MR * MR;  // that products compute: whole register blocks
 
 //@operands
 
+//@row_fields
+
 struct Call {
-  int32_t threads, queries, keys;
+  int32_t threads, queries, keys, query_tiles;
   int32_t length[RANK + 1];
   int32_t own[RANK + 1];  // whether keys and values differ along a leading axis
   Matrix<T> q, k, v, out;
@@ -16,6 +19,10 @@ struct Call {
   const int32_t* list_rows;  // per query tile: where its key tiles begin; null: every key tile
   const int32_t* list;       // key tile * 2 + (1 where some of it may be hidden)
   int64_t list_lead[RANK + 1];
+  // GATHERED: tiles are any tokens. `list` is then the number of keys * 2 + (1 as above), a row that
+  // is none is -1, a key that is none is `keys`.
+  const int32_t* tokens;  // BK keys of every entry of `list`
+  const int32_t* order;   // BQ rows of every query tile
   Operands operands;
 };
 
@@ -24,13 +31,19 @@ struct Entry {  // a query tile
   int32_t first, rows;
   const float *packed_k, *packed_v;
   const T* v;  // null: values are packed
+  const int32_t* order;
+
+  int32_t row(int i) const { return GATHERED ? order[i] : first + i; }
 };
 
 struct Buffers {  // of one thread
-  alignas(64) float q[BQ * D + W];
-  alignas(64) float s[BQ * BK];
-  alignas(64) float o[BQ * DVP];
+  alignas(64) float q[ROWS * DEPTH + W];
+  alignas(64) float s[ROWS * BK];
+  alignas(64) float o[ROWS * DVP];
   alignas(64) float score_weight[D + 1];
+  alignas(64) float k[GATHERED ? BK * D + W : 1];  // gathered keys and values, packed
+  alignas(64) float v[GATHERED ? BK * DVP : 1];
+  RowValues row_values[BQ];
   float shift[BQ];  // about the row maximum: what exponents are relative to
   float top[BQ];    // the same without sinks
   vf sums[BQ];      // by lane
@@ -49,15 +62,39 @@ template <int PASS> static void rescale(Buffers& b, int i, float scale) {
     for (int e = 0; e < DVP; e += W) store(b.o + i * DVP + e, load(b.o + i * DVP + e) * scale);
 }
 
-// Raw scores of one key tile become what meets the values.
-template <int PASS, bool PARTIAL>
-static void tile(const Call& call, const Entry& entry, Buffers& b, const int32_t k0) {
+// What depends on the row alone.
+static void row_values(const Call& call, const Entry& entry, Buffers& b) {
   const Place& place = entry.place;
   (void)place;
   //@names
   //@head
   for (int i = 0; i < entry.rows; i++) {
-    const int32_t index_q = entry.first + i;
+    const int32_t index_q = entry.row(i);
+    (void)index_q;
+    //@row_values
+  }
+}
+
+// Raw scores of one key tile become what meets the values.
+template <int PASS, bool PARTIAL>
+static void tile(const Call& call, const Entry& entry, Buffers& b, const int32_t k0,
+                 const int32_t* keys) {
+  const Place& place = entry.place;
+  (void)place, (void)keys, (void)k0;
+  //@names
+  //@head
+  //@columns
+  for (int j = 0; j < NB; j++) {
+    const auto column = COLUMN(j);
+    const vi index_k = keys_at(column);
+    (void)index_k;
+    //@score_columns
+    if constexpr (PARTIAL) {
+      //@mask_columns
+    }
+  }
+  for (int i = 0; i < entry.rows; i++) {
+    const int32_t index_q = entry.row(i);
     (void)index_q;
     float* const s = b.s + i * BK;
     vf x[NB];
@@ -66,9 +103,9 @@ static void tile(const Call& call, const Entry& entry, Buffers& b, const int32_t
     //@row
 #pragma GCC unroll 16
     for (int j = 0; j < NB; j++) {
-      const int32_t column = k0 + j * W;
-      const vi index_k = column + lanes();
-      const vf score = SCORE == KEY ? vf{} : load(s + j * W);
+      const auto column = COLUMN(j);
+      const vi index_k = keys_at(column);
+      const vf score = SCORE == KEY ? vf{} : load(s + j * W) * SCORE_FACTOR;
       (void)score;
       //@cell
       x[j] = vec(LOGIT);
@@ -102,8 +139,8 @@ static void tile(const Call& call, const Entry& entry, Buffers& b, const int32_t
     //@weights_row
 #pragma GCC unroll 16
     for (int j = 0; j < NB; j++) {
-      const int32_t column = k0 + j * W;
-      const vi index_k = column + lanes();
+      const auto column = COLUMN(j);
+      const vi index_k = keys_at(column);
       (void)index_k;
       vf weight;
       if constexpr (SOFTMAX) {
@@ -122,7 +159,8 @@ static void tile(const Call& call, const Entry& entry, Buffers& b, const int32_t
         weight = vec(EDITED);
         if constexpr (PASS == WEIGHTS) weight = index_k < size_k ? weight : vf{};
         total += weight;
-        store(s + j * W, weight);
+        if constexpr (PAIRS) store_pairs(s + j * W / 2, weight);
+        else store(s + j * W, weight);
       }
     }
     if constexpr (PASS != WEIGHTS) {
@@ -140,7 +178,7 @@ static void add_sinks(const Call& call, const Entry& entry, Buffers& b) {
   //@names
   //@sink_head
   for (int i = 0; i < entry.rows; i++) {
-    const int32_t index_q = entry.first + i;
+    const int32_t index_q = entry.row(i);
     (void)index_q;
     //@sink_row
     b.top[i] = b.shift[i];
@@ -169,22 +207,33 @@ static void sweep(const Call& call, const Entry& entry, Buffers& b, const int32_
   const int tiles = (call.keys + BK - 1) / BK;
   const int begin = rows ? rows[0] : 0, end = rows ? rows[1] : tiles;
   for (int n = begin; n < end; n++) {
-    const int t = rows ? call.list[n] >> 1 : n;
+    const int t = GATHERED ? 0 : rows ? call.list[n] >> 1 : n;
     const int32_t k0 = t * BK;
-    const int count = call.keys - k0 < BK ? call.keys - k0 : BK;
+    const int32_t* const keys = GATHERED ? call.tokens + (int64_t)n * BK : nullptr;
+    const int left = GATHERED ? call.list[n] >> 1 : call.keys - k0, count = left < BK ? left : BK;
     const bool partial = count < BK || (rows ? call.list[n] & 1 : MASKED);
-    const float* v = (entry.v ? (const float*)entry.v : entry.packed_v) + (int64_t)k0 * DVP;
+    const int value_rows = PAIRS ? (count + 1) / 2 : count;
+    const float *k = entry.packed_k + (int64_t)t * DEPTH * BK, *v = entry.packed_v;
+    if constexpr (GATHERED) {
+      if (SCORE != KEY) gather_columns(call.k, call.k.at(entry.place), keys, count, b.k);
+      if (PASS != STATISTICS) gather_panels(call.v, call.v.at(entry.place), keys, count, b.v);
+      k = b.k, v = b.v;
+    } else {
+      v = (entry.v ? (const float*)entry.v : v) + (int64_t)t * VALUE_ROWS * DVP;
+    }
     const int blocks = (entry.rows + MR - 1) / MR;
+    const bool near = GATHERED || PASS == STATISTICS;
     if constexpr (SCORE != KEY)
-      product<SCORE, NB, false>(entry.rows, b.q, D, entry.packed_k + (int64_t)t * D * BK, D, b.s,
-                                BK, D, b.score_weight,
-                                Ahead(v, PASS == STATISTICS ? 0 : count * DVP, blocks));
-    if (partial) tile<PASS, true>(call, entry, b, k0);
-    else tile<PASS, false>(call, entry, b, k0);
+      product<KEY_PRODUCT, NB, false>(entry.rows, b.q, DEPTH, k, DEPTH, b.s, BK, DEPTH,
+                                      b.score_weight,
+                                      Ahead(v, near ? 0 : value_rows * DVP, blocks));
+    if (partial) tile<PASS, true>(call, entry, b, k0, keys);
+    else tile<PASS, false>(call, entry, b, k0, keys);
     if constexpr (PASS != STATISTICS) {
-      const int after = n + 1 < end ? rows ? call.list[n + 1] >> 1 : n + 1 : 0;
-      product<DOT, DVP / W, true>(entry.rows, b.s, BK, v, BK, b.o, DVP, count, b.score_weight,
-                                  Ahead(entry.packed_k + (int64_t)after * D * BK, D * BK, blocks));
+      const int after = GATHERED || n + 1 >= end ? 0 : rows ? call.list[n + 1] >> 1 : n + 1;
+      product<VALUE_PRODUCT, DVP / W, true>(
+          entry.rows, b.s, BK, v, VALUE_ROWS, b.o, DVP, value_rows, b.score_weight,
+          Ahead(entry.packed_k + (int64_t)after * DEPTH * BK, GATHERED ? 0 : DEPTH * BK, blocks));
     }
   }
 }
@@ -197,7 +246,7 @@ static void finish(const Call& call, const Entry& entry, Buffers& b) {
   //@output_head
   T* const out = call.out.at(place);
   for (int i = 0; i < entry.rows; i++) {
-    const int32_t index_q = entry.first + i;
+    const int32_t index_q = entry.row(i);
     float* const o = b.o + i * DVP;
     float scale = TWO_PASSES ? 1.0f : b.inverse[i];
     if constexpr (RENORMALIZE) scale = 1.0f / b.total[i];
@@ -237,18 +286,26 @@ static void finish(const Call& call, const Entry& entry, Buffers& b) {
 
 static void query_tile(const Call& call, Entry& entry, Buffers& b, int index) {
   entry.first = index * BQ;
-  entry.rows = call.queries - entry.first < BQ ? call.queries - entry.first : BQ;
-  pack_rows(call.q, call.q.at(entry.place) + entry.first * call.q.row, entry.rows, BQ, D, b.q, D,
-            ALPHA);
+  const T* const q = call.q.at(entry.place);
+  if constexpr (GATHERED) {
+    entry.order = call.order + entry.first;
+    for (entry.rows = 0; entry.rows < BQ && entry.order[entry.rows] >= 0; entry.rows++)
+      pack_rows(call.q, q + entry.order[entry.rows] * call.q.row, 1, 1, D, b.q + entry.rows * D, D,
+                ALPHA);
+    memset(b.q + entry.rows * D, 0, 4 * (size_t)(ROWS - entry.rows) * D);
+  } else {
+    entry.rows = call.queries - entry.first < BQ ? call.queries - entry.first : BQ;
+    const T* const own = q + entry.first * call.q.row;
+    if constexpr (PAIRS) pack_pair_rows(call.q, own, entry.rows, ROWS, D, b.q);
+    else pack_rows(call.q, own, entry.rows, ROWS, D, b.q, D, ALPHA);
+  }
+  row_values(call, entry, b);
   for (int i = 0; i < BQ; i++) {
-    b.shift[i] = -INF;
-    b.sums[i] = vf{};
-    b.sum[i] = b.total[i] = 0;
-    b.count[i] = 0;
+    b.shift[i] = -INF, b.sums[i] = vf{};
+    b.sum[i] = b.total[i] = 0, b.count[i] = 0;
     for (int g = 0; g < GROUPS; g++) b.mass[i][g] = 0;
   }
   memset(b.o, 0, sizeof b.o);
-  memset(b.s, 0, sizeof b.s);
   const int32_t* rows = call.list_rows;
   if (rows) {
     rows += index;
@@ -266,14 +323,14 @@ static void query_tile(const Call& call, Entry& entry, Buffers& b, int index) {
 }
 
 static void run(const Call& call) {
-  const int key_tiles = (call.keys + BK - 1) / BK, query_tiles = (call.queries + BQ - 1) / BQ;
+  const int key_tiles = GATHERED ? 0 : (call.keys + BK - 1) / BK, query_tiles = call.query_tiles;
   const int64_t owners = combinations(call.length, call.own, 1);
   const int64_t sharers = combinations(call.length, call.own, 0);
   // Values that lie as a panel does are read where they are.
-  const bool in_place = std::is_same<T, float>::value && DV == DVP && DVP <= NV * W &&
+  const bool in_place = !GATHERED && std::is_same<T, float>::value && DV == DVP && DVP <= NV * W &&
                         call.v.column == 1 && call.v.row == DV;
-  const int64_t k_size = SCORE == KEY ? 0 : (int64_t)key_tiles * BK * D;
-  const int64_t v_size = in_place ? 0 : (int64_t)key_tiles * BK * DVP;
+  const int64_t k_size = SCORE == KEY ? 0 : (int64_t)key_tiles * BK * DEPTH;
+  const int64_t v_size = in_place ? 0 : (int64_t)key_tiles * VALUE_ROWS * DVP;
   // Keys and values of some heads are packed together: few enough for the cache, enough of them
   // to occupy every thread.
   const int64_t size = 4 * (k_size + v_size) + 1, budget = 8 << 20;
@@ -296,12 +353,17 @@ static void run(const Call& call) {
         Place place{};
         place_of(call.length, call.own, 1, first + c, place);
         const int count = call.keys - t * BK < BK ? (int)(call.keys - t * BK) : BK;
-        if constexpr (SCORE != KEY)
-          pack_columns(call.k, call.k.at(place) + t * BK * call.k.row, count, D,
-                       packed + c * k_size + t * BK * D, BK);
-        if (!in_place)
-          pack_panels(call.v, call.v.at(place) + t * BK * call.v.row, count, BK, DV,
-                      packed_v + c * v_size + t * BK * DVP, DVP);
+        const T* const k = call.k.at(place) + t * BK * call.k.row;
+        const T* const v = call.v.at(place) + t * BK * call.v.row;
+        float* const to_k = packed + c * k_size + t * BK * DEPTH;
+        float* const to_v = packed_v + c * v_size + t * VALUE_ROWS * DVP;
+        if constexpr (PAIRS) {
+          pack_pair_columns(call.k, k, count, D, to_k, BK);
+          pack_pair_panels(call.v, v, count, BK, DV, to_v, DVP);
+        } else {
+          if constexpr (SCORE != KEY) pack_columns(call.k, k, count, D, to_k, BK);
+          if (!in_place) pack_panels(call.v, v, count, BK, DV, to_v, DVP);
+        }
       }
       const int64_t tasks = here * sharers * query_tiles;
 #pragma omp for schedule(dynamic)
@@ -338,6 +400,11 @@ extern "C" void attention(const int64_t* words) {
   call.list_rows = r.pointer<const int32_t>();
   call.list = r.pointer<const int32_t>();
   for (int a = 0; a < RANK; a++) call.list_lead[a] = r.word();
+  call.query_tiles = (call.queries + BQ - 1) / BQ;
+  if constexpr (GATHERED) {
+    call.tokens = r.pointer<const int32_t>(), call.order = r.pointer<const int32_t>();
+    call.query_tiles = (int32_t)r.word();
+  }
   //@read_operands
   run(call);
 }

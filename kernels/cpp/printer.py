@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.ir.lanes import look_up
 from attnopt.kernels.printing import Printer
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "eq": "==",
@@ -25,12 +26,17 @@ _CALLS = {
     "sign": "sign", "erf": "erf_", "round": "nearest", "float": "to_float", "int": "to_int",
     "floor": "floored",
 }
+#: lanes of the widest vectors: what holds for them holds for all
+WIDEST = 16
 _SCALARS = {E.INT: "int32_t", E.BOOL: "bool", E.FLOAT: "float"}
 _VECTORS = {E.INT: "vi", E.BOOL: "vi", E.FLOAT: "vf"}
 
 
 class CppPrinter(Printer):
     """C++ statements; `ranks` are the numbers of axes of tables that are gathered, by slot."""
+
+    #: whether lanes are neighbouring columns wherever `column` is an int
+    neighbours = True
 
     def __init__(self, axes_of: Callable[[str], Iterable[str]], ranks: Mapping[str, int],
                  column: str = "k", prefix: str = "v") -> None:
@@ -46,9 +52,12 @@ class CppPrinter(Printer):
             return "cell" if "q" in self.axes_of(node.value) else "column"
         return super().level(node)
 
+    def kind(self, node: Expr) -> str:
+        """The C++ type of its value."""
+        return (_VECTORS if self.levels[node] in ("column", "cell") else _SCALARS)[node.dtype]
+
     def assign(self, node: Expr, level: str, name: str, text: str) -> str:
-        kind = _VECTORS if level in ("column", "cell") else _SCALARS
-        return f"const {kind[node.dtype]} {name} = {text};"
+        return f"const {self.kind(node)} {name} = {text};"
 
     def leaf(self, node: Expr, args: list[str]) -> str:
         match node.op:
@@ -72,7 +81,11 @@ class CppPrinter(Printer):
         if self.ranks[node.value] != len(args):
             raise ValueError(f"operand {node.value!r} must have {len(args)} axes, got "
                              f"{self.ranks[node.value]}")
-        return f"op_{node.value}.gather<{kind}>({', '.join(args)})"
+        how = "gather"
+        if self.wide(node) and self.neighbours:
+            how = look_up(node.args, WIDEST, lambda e: not self.wide(e), self.column)
+        column = "" if how == "gather" else "column, "
+        return f"op_{node.value}.{how}<{kind}>({column}{', '.join(args)})"
 
     def operation(self, node: Expr, args: list[str]) -> str:
         op = node.op

@@ -24,6 +24,8 @@ INLINE void block(const float* a, int lda, const float* b, int64_t ldb, float* c
           sum[i][j] += gap * gap;
         } else if constexpr (OP == ADDITIVE) {
           sum[i][j] += tanh_(row[j] + x) * weight[k];
+        } else if constexpr (OP == PAIR) {
+          sum[i][j] = dot_pairs(sum[i][j], row[j], x);
         } else {
           sum[i][j] += row[j] * x;
         }
@@ -155,6 +157,38 @@ static void pack_panels(const Matrix<E>& x, const E* from, int count, int total,
     pack_rows(x, from + first * x.column, count, total, present, y + (int64_t)first * total, own,
               1.0f);
   }
+}
+
+// The same three as pairs: of neighbours in a row, or of neighbouring rows for the panels.
+template <typename E>
+static void pack_pair_columns(const Matrix<E>& x, const E* from, int count, int width, float* y,
+                              int n) {
+  const int depth = (width + 1) / 2;
+  for (int j = 0; j < n; j++) {
+    float* to = y + in_panel(0, j, depth, n);
+    const int64_t step = in_panel(1, j, depth, n) - in_panel(0, j, depth, n);
+    for (int p = 0; p < depth; p++)
+      to[p * step] = j < count ? pair_of(from + j * x.row, x.column, p, width) : 0.0f;
+  }
+}
+
+template <typename E>
+static void pack_pair_rows(const Matrix<E>& x, const E* from, int count, int total, int width,
+                           float* y) {
+  const int depth = (width + 1) / 2;
+  for (int j = 0; j < count; j++)
+    for (int p = 0; p < depth; p++)
+      y[j * depth + p] = pair_of(from + j * x.row, x.column, p, width);
+  if (count < total) memset(y + count * depth, 0, 4 * (size_t)(total - count) * depth);
+}
+
+template <typename E>
+static void pack_pair_panels(const Matrix<E>& x, const E* from, int count, int total, int width,
+                             float* y, int n) {
+  for (int p = 0; p < total / 2; p++)
+    for (int e = 0; e < n; e++)
+      y[in_panel(p, e, total / 2, n)] =
+          e < width && 2 * p < count ? pair_of(from + e * x.column, x.row, p, count) : 0.0f;
 }
 
 // A row of an output tensor.

@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.ir.spec import Spec, leading_axes
+from attnopt.ir.spec import Operand, Spec, leading_axes
 from attnopt.kernels.aten.linear import linear
 from attnopt.kernels.aten.steps import split_scale
 from attnopt.kernels.cpp.printer import CppPrinter
@@ -30,12 +30,27 @@ _MARKER = re.compile(r"^( *)//@(\w+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Tile:
-    """rows, keys: of a tile; block_rows, block_vectors: of the register block of its products."""
+    """rows, keys: of a tile; block_rows, block_vectors: of the register block of its products.
+
+    box: sides of the box of queries that the rows are, whose keys are gathered; () where tiles are
+    runs of tokens (see `attnopt.ir.halos`)
+    """
 
     rows: int = 48
     keys: int = 64
     block_rows: int = 6
     block_vectors: int = 4
+    box: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(numbers: Sequence[int]) -> Tile:
+        """The tile of a Schedule: (rows, keys, block rows, block vectors, *box)."""
+        return Tile(*numbers[:4], box=tuple(numbers[4:]))
+
+    @property
+    def aligned(self) -> Tile:
+        """The same of runs of tokens."""
+        return replace(self, box=())
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,8 @@ def _file(name: str) -> str:
 class Source:
     """The text of one kernel; the backward kernel is a subclass."""
 
-    files: tuple[str, ...] = ("attention.h", "products.h", "forward.h")
+    files: tuple[str, ...] = ("attention.h", "pairs.h", "products.h", "gather.h",
+                              "forward.h")
 
     def __init__(self, signature: Signature, tile: Tile, width: int) -> None:
         self.signature, self.tile, self.width = signature, tile, width
@@ -146,7 +162,7 @@ class Source:
             "TOPS": spec.normalizer == "softmax" or "max" in parts.statistics,
             "COUNTS": "count" in parts.statistics or spec.empty_row == "uniform",
             "TOTALS": "total" in parts.statistics or spec.renormalize,
-            "RENORMALIZE": spec.renormalize}
+            "RENORMALIZE": spec.renormalize, "GATHERED": bool(t.box)}
         normalize = {"softmax": "exp_", "exp": "exp_", "identity": ""}.get(
             spec.normalizer, spec.normalizer)
         return [
@@ -170,7 +186,7 @@ class Source:
     def operand_blocks(self) -> dict[str, list[str]]:
         spec, fields, reads, names = self.spec, [], [], []
         for operand, (dtype, rank) in zip(spec.operands, self.signature.operands, strict=True):
-            element, table = ELEMENTS[dtype], operand.axes is None
+            element, table = ELEMENTS[dtype], is_table(operand)
             kind = f"Table<{element}, {rank}>" if table else f"Operand<{element}>"
             fields.append(f"  {kind} {operand.slot};")
             reads.append(f"call.operands.{operand.slot}.read(r);")
@@ -198,11 +214,18 @@ class Source:
         value = logits(self.parts.scaled)
         keep = self.printer("m")
         kept = keep(self.parts.predicate)
+        score, mask = Hoisted.of(logits, self.parts.scaled), Hoisted.of(keep, self.parts.predicate)
         return {
             "head": [*logits.lines["head"], *keep.lines["head"]],
-            "row": [*logits.lines["row"], *keep.lines["row"]],
-            "cell": [*logits.lines["column"], *logits.lines["cell"], f"#define LOGIT {value}"],
-            "mask": [*keep.lines["column"], *keep.lines["cell"], f"kept[j] &= mask({kept});"]}
+            "row_fields": ["struct RowValues {", *score.fields, *mask.fields, "};"],
+            "row_values": [*logits.lines["row"], *score.keep_row, *keep.lines["row"],
+                           *mask.keep_row],
+            "row": [*score.take_row, *mask.take_row],
+            "columns": [*score.arrays, *mask.arrays],
+            "score_columns": [*logits.lines["column"], *score.keep_column],
+            "mask_columns": [*keep.lines["column"], *mask.keep_column],
+            "cell": [*score.take_column, *logits.lines["cell"], f"#define LOGIT {value}"],
+            "mask": [*mask.take_column, *keep.lines["cell"], f"kept[j] &= mask({kept});"]}
 
     def weight_blocks(self) -> dict[str, list[str]]:
         spec = self.spec
@@ -266,6 +289,49 @@ class Source:
                   for i, number in enumerate(self.parts.groups)]
         used = [line.split(" = ")[0].split()[-1] for line in lines]
         return [*lines, *(f"(void){name};" for name in used)]
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """Statements that carry values from where they are computed to the loop over all scores.
+
+    What depends on the row alone is computed once for each row of a query tile, what depends on the
+    key alone once for each key tile, and kept in arrays: divisions and gathers then cost little.
+    """
+
+    fields: list[str]
+    keep_row: list[str]
+    take_row: list[str]
+    arrays: list[str]
+    keep_column: list[str]
+    take_column: list[str]
+
+    @staticmethod
+    def of(printer: CppPrinter, root: Expr) -> Hoisted:
+        """Those of an expression that was printed."""
+        found = Hoisted([], [], [], [], [], [])
+        used = {root} | {a for node in root.walk() if printer.levels[node] == "cell"
+                         for a in node.args}
+        for node in root.walk():
+            name, level = printer.names[node], printer.levels[node]
+            if node not in used or node.op in ("const", "index", "size") or (
+                    level not in ("row", "column")):
+                continue
+            kind = printer.kind(node)
+            if level == "row":
+                found.fields.append(f"  {kind} {name};")
+                found.keep_row.append(f"b.row_values[i].{name} = {name};")
+                found.take_row.append(f"const {kind} {name} = b.row_values[i].{name};")
+            else:
+                found.arrays.append(f"{kind} of_{name}[NB];")
+                found.keep_column.append(f"of_{name}[j] = {name};")
+                found.take_column.append(f"const {kind} {name} = of_{name}[j];")
+        return found
+
+
+def is_table(operand: Operand) -> bool:
+    """Whether the kernel gathers an operand with explicit indices."""
+    return operand.axes is None and operand.slot != "score_weight"
 
 
 def _indented(lines: list[str], indent: str) -> str:

@@ -17,7 +17,7 @@ def backward_source(signature: Signature, wanted: tuple[str, ...], tile: Tile, w
 
 
 class _BackwardSource(Source):
-    files = ("attention.h", "products.h", "backward.h")
+    files = ("attention.h", "pairs.h", "products.h", "backward.h")
 
     def __init__(self, signature: Signature, wanted: tuple[str, ...], tile: Tile, width: int
                  ) -> None:

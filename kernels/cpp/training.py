@@ -99,6 +99,7 @@ class Training:
         tile = attention.tile or attention.chosen(query, key, value)
         if tile is None:
             return None
+        tile = tile.aligned
         signature = signature_of(self.spec, query, key, value, operands)
         try:
             forward = kernel(signature, tile, attention.target)

@@ -6,7 +6,9 @@
     tiles, resources         legal tiles of a device, and what a compiled kernel takes of it
 
 One template (`template.py`, `backward.py`) serves every NVIDIA GPU from sm_80 on and AMD's CDNA:
-pointers there, tensor descriptors from sm_90 on. Triton itself is imported at the first launch.
+pointers there, tensor descriptors from sm_90 on. Masks without an interval rule have lists of tiles
+(`lists.py`), masks on a grid tiles that are boxes of it (`boxes.py`). Triton itself is imported at
+the first launch.
 """
 
 from __future__ import annotations

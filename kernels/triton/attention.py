@@ -72,15 +72,16 @@ class Attention:
         """Without a graph; what was found out about a call serves the next one of its kind."""
         layout = ready.key(tensors)
         known = self.known.get(layout)
-        if known is not None:
+        if known is not None and known.possible():
             return known(*tensors)
         query, key, value, *operands = tensors
         problem = describe(self.spec, query, key, value, operands)
         if isinstance(problem, str):
             return None
-        tile = self.tile or default_tile(problem)
-        if any(problem.tensors[n] is not t for n, t in zip(INPUTS, tensors, strict=False)):
-            return run_forward(self.spec, problem, tile)[0]  # of copies
+        tile = self.tile or default_tile(self.spec, problem)
+        if known is not None or any(
+                problem.tensors[n] is not t for n, t in zip(INPUTS, tensors, strict=False)):
+            return run_forward(self.spec, problem, tile)[0]  # in a graph, or of copies
         if len(self.known) >= _MOST_KNOWN:
             self.known.clear()
         self.known[layout] = made = ready.Ready(self.spec, problem, tile)
@@ -117,7 +118,8 @@ class _Function(torch.autograd.Function):
         problem = describe(attention.core, query, key, value, operands, lse=True)
         if isinstance(problem, str):
             raise ValueError(f"the call must be one for the kernels: {problem}")
-        out, lse = run_forward(attention.core, problem, attention.tile or default_tile(problem))
+        tile = attention.tile or default_tile(attention.core, problem)
+        out, lse = run_forward(attention.core, problem, tile)
         ctx.attention = attention
         ctx.save_for_backward(query, key, value, *operands, out, lse)
         return out

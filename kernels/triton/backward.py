@@ -20,6 +20,7 @@ from the log-sum-exp (of what the sum is for other normalisers) that the forward
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from attnopt.ir import expr as E
@@ -92,7 +93,8 @@ def backward(spec: Spec, signature: Signature, by_keys: Signature, wanted: tuple
     found = kinds(spec, frozenset(wanted), signature.axes) or {}
     rows = tuple(s for s in wanted if found.get(s) == "row")
     columns = tuple(s for s in wanted if found.get(s) == "column")
-    bodies: list[Body] = [RowDots(spec, signature), GradQuery(spec, signature, rows),
+    runs = dataclasses.replace(signature, lists=None, grid=0)
+    bodies: list[Body] = [RowDots(spec, runs), GradQuery(spec, signature, rows),
                           GradKey(spec, by_keys, columns)]
-    bodies += [GradTile(spec, signature, s) for s in wanted if found.get(s) == "tile"]
+    bodies += [GradTile(spec, runs, s) for s in wanted if found.get(s) == "tile"]
     return module("Attention, backward, generated.", spec, [b.kernel for b in bodies])

@@ -119,7 +119,9 @@ class Backward(Body):
         k = self.kernel
         k.add(f"{tensor}_here = {k.here(tensor, axes)}")
         k.add(f"channel = tl.arange(0, {width}P)[None, :]")
-        k.add(f"place = {tensor}_here + tl.cast(first, tl.int64) * {k.stride(tensor, axis)} + "
+        k.add(f"place = {tensor}_here + tl.cast({rows}, tl.int64)[:, None] * "
+              f"{k.stride(tensor, axis)} + channel" if self.signature.grid else
+              f"place = {tensor}_here + tl.cast(first, tl.int64) * {k.stride(tensor, axis)} + "
               f"({rows} - first)[:, None] * {k.stride(tensor, axis)} + channel")
         k.add(f"tl.store(place, tl.cast({name}, {tensor}.dtype.element_ty), "
               f"mask=({rows}[:, None] < {k.size(axis)}) & (channel < {width}))")

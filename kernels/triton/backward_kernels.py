@@ -31,17 +31,13 @@ class GradQuery(Backward):
         super().__init__(spec, signature, "grad_query", "dQ of one tile of queries.")
         k, axes = self.kernel, signature.axes
         visits = Visits(k, spec, "q")
-        k.add(f"own_tiles = tl.cdiv({k.size('q')}, BM)\nown_tile = tl.program_id(0) % own_tiles")
+        k.add(f"own_tiles = {k.tiles('q')}\nown_tile = tl.program_id(0) % own_tiles")
         if visits.bounds.high is not None:
             k.add("own_tile = own_tiles - 1 - own_tile")
         k.add("lead = tl.program_id(0) // own_tiles")
         k.indices("lead", axes)
-        k.add("""
-            first = own_tile * BM
-            rows = first + tl.arange(0, BM)
-            q = rows[:, None]
-            q_inside = tl.minimum(q, size_q - 1)
-        """)
+        k.place("q", "first", "own_tile")
+        k.add("q = rows[:, None]\nq_inside = tl.minimum(q, size_q - 1)")
         k.add([f"query_here = {k.here('query', signature.query)}",
                f"grad_here = {k.here('grad', axes)}"])
         k.tile("query_tile", "query", (), "q", "first", False, "BM", "D", descriptor=False)
@@ -73,7 +69,8 @@ class GradQuery(Backward):
     def step(self, full: bool, tile: str, lines: list[str], names: dict[str, str],
              slots: tuple[str, ...], depth: int) -> None:
         k, signature = self.kernel, self.signature
-        k.add([f"there = ({tile}) * BN", "k = (there + tl.arange(0, BN))[None, :]"], depth)
+        k.place("k", "there", tile, depth)
+        k.add("k = columns[None, :]", depth)
         k.tile("key_tile", "key", signature.key, "k", "there", full, "BN", "D", depth=depth)
         k.tile("value_tile", "value", signature.value, "k", "there", full, "BN", "V", depth=depth)
         k.add("score = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)", depth)
@@ -99,14 +96,11 @@ class GradKey(Backward):
         k = self.kernel
         shared = shared_axes(signature, bool(slots))
         own = tuple(a for a in signature.axes if a not in shared)
-        k.add(f"own_tiles = tl.cdiv({k.size('k')}, BN)")
+        k.add(f"own_tiles = {k.tiles('k')}")
         k.add("own_tile = tl.program_id(0) % own_tiles\nlead = tl.program_id(0) // own_tiles")
         k.indices("lead", own)
-        k.add("""
-            first = own_tile * BN
-            columns = first + tl.arange(0, BN)
-            k = columns[:, None]
-        """)
+        k.place("k", "first", "own_tile")
+        k.add("k = columns[:, None]")
         for name, width in (("key", "D"), ("value", "V")):
             k.add(f"{name}_here = {k.here(name, getattr(signature, name))}")
             k.tile(f"{name}_tile", name, (), "k", "first", False, "BN", width, descriptor=False)
@@ -150,8 +144,8 @@ class GradKey(Backward):
     def step(self, full: bool, tile: str, lines: list[str], names: dict[str, str],
              slots: tuple[str, ...]) -> None:
         k, signature = self.kernel, self.signature
-        k.add([f"there = ({tile}) * BM", "rows = there + tl.arange(0, BM)", "q = rows[None, :]",
-               f"q_inside = tl.minimum(q, {k.size('q')} - 1)"], 1)
+        k.place("q", "there", tile, 1)
+        k.add(["q = rows[None, :]", f"q_inside = tl.minimum(q, {k.size('q')} - 1)"], 1)
         k.tile("query_tile", "query", signature.query, "q", "there", full, "BM", "D", depth=1)
         k.tile("grad_tile", "grad", signature.axes, "q", "there", full, "BM", "V", depth=1)
         self.row_values(1)

@@ -56,7 +56,10 @@ class Body:
 
     def factor_tile(self, i: int, slot: str, axis: str, first: str, whole: bool) -> str:
         k = self.kernel
-        rows = "BM" if axis == "q" else "BN"
+        rows, tokens = ("BM", "rows") if axis == "q" else ("BN", "columns")
+        if self.signature.grid:
+            return (f"load_tokens(op_{slot}_here, {tokens}, {k.stride(f'op_{slot}', axis)}, "
+                    f"{k.stride(f'op_{slot}', 'r')}, {k.size(axis)}, {whole}, R{i}, R{i}P)")
         return (f"load_rows(op_{slot}_here, {first}, {k.stride(f'op_{slot}', axis)}, "
                 f"{k.stride(f'op_{slot}', 'r')}, {k.size(axis)}, {whole}, {rows}, R{i}, R{i}P)")
 

@@ -11,8 +11,9 @@ from functools import cache
 from pathlib import Path
 
 from attnopt.ir import expr as E
-from attnopt.ir.mask import Causal, KeyKeep
+from attnopt.ir.mask import Causal, KeyKeep, Neighborhood, Segments
 from attnopt.ir.spec import Operand, Spec
+from attnopt.kernels.triton.boxes import boxes_of
 from attnopt.kernels.triton.resources import (
     TARGETS,
     Resources,
@@ -28,6 +29,8 @@ _SCALED = E.score * 0.125
 _SLOPES = Operand("slopes", ("h",), role="scale")
 _PADDING = Operand("padding", ("b", "k"), E.BOOL, "mask")
 _BIAS = Operand("bias", ("h", "q", "k"), role="bias")
+_IDS = tuple(Operand(name, ("b", axis), E.INT, "mask")
+             for name, axis in (("query_ids", "q"), ("key_ids", "k")))
 SPECS = {
     "plain": Spec(logits=_SCALED),
     "causal": Spec(logits=_SCALED, mask=Causal()),
@@ -36,24 +39,35 @@ SPECS = {
         logits=E.call("tanh", E.score * (0.125 / 30)) * 30.0 - E.load("slopes") * E.call(
             "float", E.index("q") - E.index("k")),
         mask=Causal() & KeyKeep("padding"), empty_row="zero", operands=(_SLOPES, _PADDING)),
+    "documents": Spec(logits=_SCALED, mask=Segments("query_ids", "key_ids") & Causal(),
+                      empty_row="zero", operands=_IDS),
+    "image": Spec(logits=_SCALED, mask=Neighborhood((80, 80), length=(256, 256))),
+    "video": Spec(logits=_SCALED, mask=Neighborhood((18, 24, 24), length=(30, 48, 80))),
 }
+#: of the specs that have lists of tiles, the leading axes along which these vary; and the tokens of
+#: a grid, of which the tiles are boxes
+LISTS = {"documents": ("b",), "image": (), "video": ()}
+TOKENS = {"image": 256 * 256, "video": 30 * 48 * 80}
 #: name: (target, kernel, spec, head_dim)
 CONFIGS = {
     f"{target} {kernel} {spec} {width}": (target, kernel, spec, width)
     for target in TARGETS for kernel, specs in (
-        ("forward", ("plain", "causal", "bias", "softcap")), ("grad_query", ("causal", "softcap")),
-        ("grad_key", ("causal", "softcap")))
+        ("forward", ("plain", "causal", "bias", "softcap", *LISTS)),
+        ("grad_query", ("causal", "softcap", "documents")),
+        ("grad_key", ("causal", "softcap", "documents")))
     for spec in specs for width in (64, 128)}
 
 
 def measure(name: str) -> Resources:
     """Compile one configuration of CONFIGS. Raises KernelError where it does not compile."""
-    target, kernel, spec, width = CONFIGS[name]
+    target, kernel, text, width = CONFIGS[name]
+    spec, lists, tokens = SPECS[text], LISTS.get(text), TOKENS.get(text)
+    tile = (default(target, width, width, listed=lists is not None) if kernel == "forward" else
+            gradient_tile(target, width, width, 2, kernel.removeprefix("grad_")))
+    boxes = boxes_of(spec.mask, tokens, tokens, tile.rows, tile.keys) if tokens else None
     if kernel == "forward":
-        return forward_resources(SPECS[spec], default(target, width, width), target, width)
-    which = kernel.removeprefix("grad_")
-    tile = gradient_tile(target, width, width, 2, which)
-    return backward_resources(SPECS[spec], kernel, tile, target, width)
+        return forward_resources(spec, tile, target, width, lists=lists, boxes=boxes)
+    return backward_resources(spec, kernel, tile, target, width, lists=lists, boxes=boxes)
 
 
 @cache

@@ -8,7 +8,6 @@ row, which needs no kernel.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,17 +17,20 @@ from torch import Tensor
 
 from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.spec import Spec
+from attnopt.ir.tiling import Tiling, tile_count
 from attnopt.kernels.triton.backward import backward, kinds
 from attnopt.kernels.triton.backward_body import shared_axes
+from attnopt.kernels.triton.boxes import constants
 from attnopt.kernels.triton.launch import (
+    cut_of,
     describable,
     device_name,
     launch,
     precision,
     ranks,
-    tiles_of,
     with_lists,
 )
+from attnopt.kernels.triton.lists import Lists, tiles_of
 from attnopt.kernels.triton.problem import Problem
 from attnopt.kernels.triton.tiles import ROW_TILE, Tile, gradient_tile, padded
 
@@ -48,6 +50,7 @@ class Gradients:
         self.spec, self.wanted, self.slots = spec, set(wanted), tuple(slots)
         self.kinds = kinds(spec, frozenset(slots), problem.signature.axes) or {}
         self.tile, self.forced = tile, descriptors
+        self.made: dict[str, Lists | None] = {}
         grad = grad.contiguous()
         axes = problem.signature.axes
         matrix = {a: i - len(axes) - 2 for i, a in enumerate(axes)}
@@ -89,9 +92,9 @@ class Gradients:
         query = self.problem.tensors["query"]
         outputs = {"grad_query": self.empty((*self.rows, query.shape[-1]), query)}
         outputs |= {f"grad_{s}": query.new_empty(self.rows, dtype=torch.float32) for s in rows}
-        tile = self.of("query")
+        cut = cut_of(self.lists("q"), self.of("query"))
         self.start("grad_query", "query", outputs,
-                   math.ceil(self.rows[-1] / tile.rows) * self.problem.programs)
+                   tile_count(cut[0], self.rows[-1]) * self.problem.programs)
         if "query" in self.wanted:
             found["query"] = outputs["grad_query"]
         found.update({s: outputs[f"grad_{s}"].unsqueeze(-1) for s in rows})
@@ -111,8 +114,8 @@ class Gradients:
             outputs[f"grad_{name}"] = self.empty((*own, keys, tensor.shape[-1]), tensor)
         outputs |= {f"grad_{s}": problem.tensors["query"].new_empty(
             (*own, keys), dtype=torch.float32) for s in columns}
-        tile = self.of("key")
-        self.start("grad_key", "key", outputs, math.ceil(keys / tile.keys) * math.prod(own))
+        cut = cut_of(self.lists("k"), self.of("key"))
+        self.start("grad_key", "key", outputs, tile_count(cut[1], keys) * math.prod(own))
         found.update({n: outputs[f"grad_{n}"] for n in ("key", "value") if n in self.wanted})
         found.update({s: outputs[f"grad_{s}"].unsqueeze(-2) for s in columns})
 
@@ -161,7 +164,6 @@ class Gradients:
         whole = math.prod(shape) == like.numel()
         return like.new_empty(shape, dtype=like.dtype if whole else torch.float32)
 
-    @functools.cache  # noqa: B019
     def of(self, which: str) -> Tile:
         if which == "rows":
             return ROW_TILE
@@ -169,25 +171,35 @@ class Gradients:
         return self.tile or gradient_tile(device_name(query.device), query.shape[-1],
                                           value.shape[-1], query.element_size(), which)
 
+    def lists(self, by: str) -> Lists | None:
+        """Of the key tiles of each query tile, or the other way round."""
+        if by not in self.made:
+            self.made[by] = tiles_of(
+                self.spec, self.problem, self.of("query" if by == "q" else "key"), by)
+        return self.made[by]
+
     def start(self, name: str, which: str, outputs: dict[str, Tensor], programs: int) -> None:
         """Launch one kernel of the module."""
         spec, problem, tile = self.spec, self.problem, self.of(which)
-        by_rows = tiles_of(spec, problem, self.of("query"), "q")
-        by_keys = tiles_of(spec, problem, self.of("key"), "k")
-        source = backward(spec, with_lists(problem.signature, by_rows),
-                          with_lists(problem.signature, by_keys),
+        source = backward(spec, with_lists(problem.signature, self.lists("q")),
+                          with_lists(problem.signature, self.lists("k")),
                           tuple(s for s in self.slots if self.kinds.get(s) != "sink"))
-        blocks = {"query": {"key": tile.keys, "value": tile.keys},
-                  "key": {"query": tile.rows, "grad": tile.rows}}.get(which, {})
+        lists = self.lists("k") if which == "key" else (
+            self.lists("q") if which == "query" else None)
+        boxes = lists.boxes if lists else None
+        cut = cut_of(lists, tile)
+        blocks: dict[str, Tiling] = {
+            "query": {"key": cut[1], "value": cut[1]},
+            "key": {"query": cut[0], "grad": cut[0]}}.get(which, {})
         described = bool(blocks) and (
-            describable(problem, tuple(blocks)) if self.forced is None else self.forced)
+            describable(problem, tuple(blocks), boxes) if self.forced is None else self.forced)
         query, value = problem.tensors["query"], problem.tensors["value"]
-        lists = by_keys if which == "key" else by_rows
         fixed: dict[str, Any] = {
             "TMA": described,
             "BM": tile.rows, "BN": tile.keys, "STAGES": tile.stages,
             "D": query.shape[-1], "DP": padded(query.shape[-1]), "V": value.shape[-1],
             "VP": padded(value.shape[-1]), "PRECISION": precision(query.dtype, query.device),
-            "RAGGED": problem.sizes["k"] % tile.keys != 0, **ranks(spec, problem)}
-        more = outputs if lists is None else outputs | lists[1]
+            "RAGGED": problem.sizes["k"] % tile.keys != 0, **ranks(spec, problem),
+            **(constants(boxes) if boxes else {})}
+        more = outputs if lists is None else outputs | lists.tensors
         launch(source, name, problem, more, fixed, tile, programs, blocks)

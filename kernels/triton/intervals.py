@@ -2,9 +2,9 @@
 
 Causal, band and prefix masks keep, in every row, an interval of keys whose ends do not move back
 from row to row; so the tiles that some row visits, and those that every row keeps whole, follow
-from the first and the last row of a tile and need no list. Of any other mask the conjuncts of that
-kind are used, and the tiles inside are PARTIAL. Lists are used where they say more: they hold,
-for each tile, the FULL and the PARTIAL tiles of the other axis.
+from the first and the last row of a tile and need no list. Any other mask has lists
+(`attnopt.kernels.triton.lists`), which hold for each tile the FULL and the PARTIAL tiles of the
+other axis. Without them its conjuncts of that kind are used, and the tiles inside are PARTIAL.
 """
 
 from __future__ import annotations
@@ -142,14 +142,12 @@ class Visits:
         row = ""
         for axis in k.signature.lists or ():
             row = f"({row}) * {k.size(axis)} + {axis}" if row else axis
-        starts, partial, tiles = (
-            k.argument(name, "list", name) for name in ("starts", "partial", "tiles"))
+        full, partial, tiles = (
+            k.argument(name, "list", name) for name in ("full", "partial", "tiles"))
         k.add(f"list_row = {f'({row}) * own_tiles + ' if row else ''}own_tile")
-        # the starts of a leading entry are one more than its rows
-        place = f"list_row + ({row})" if row else "list_row"
-        k.add(f"full_list = tl.load({starts} + {place})")
-        k.add(f"partial_list = tl.load({partial} + list_row)")
-        k.add(f"list_end = tl.load({starts} + {place} + 1)")
+        k.add(f"full_list = list_row * {k.argument('list_width', 'length', 'tiles', '1')}")
+        k.add(f"partial_list = full_list + tl.load({full} + list_row)")
+        k.add(f"list_end = partial_list + tl.load({partial} + list_row)")
         self.tiles = tiles
 
     def loops(self) -> list[tuple[bool, list[str], str]]:

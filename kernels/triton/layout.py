@@ -5,6 +5,10 @@ into the indices h, b, b1 …; a tensor that does not vary along an axis simply 
 so that heads which share keys read the same memory. Matrices come in through `load_rows`, or where
 TMA is set through tensor descriptors of the leading axes, the rows and the channels, whose
 hardware fills in zeros beyond the edges.
+
+A tile is a run of tokens from `first` on (`there`, of the other axis), or a box of a grid: then
+`rows` and `columns` are the tokens of its places in row-major order, and a place beyond the grid
+has the number of all tokens, which is what every mask of an edge asks for.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import Spec
+from attnopt.kernels.triton import boxes
 from attnopt.kernels.triton.functions import texts
 from attnopt.kernels.triton.printer import Argument, TritonPrinter
 
@@ -57,6 +62,7 @@ class Signature:
     query, key, value: those of them along which each tensor varies
     wide:       indices and offsets need 64 bits
     lists:      leading axes along which lists of tiles vary; None where an interval rule does
+    grid:       axes of the grid of which tiles are boxes; 0 for runs of tokens
     lse:        the log-sum-exp is stored too
     two_passes: the sum of the weights is found before they meet the values, although one pass
                 would do (float16 would overflow)
@@ -68,6 +74,7 @@ class Signature:
     value: tuple[str, ...]
     wide: bool = False
     lists: tuple[str, ...] | None = None
+    grid: int = 0
     lse: bool = False
     two_passes: bool = False
 
@@ -88,7 +95,7 @@ class Kernel:
     def __init__(self, name: str, title: str, signature: Signature,
                  constants: Sequence[str]) -> None:
         self.name, self.title, self.signature = name, title, signature
-        self.constants = tuple(constants)
+        self.constants = (*constants, *boxes.names(signature.grid))
         self.lines: list[str] = []
         self.arguments: dict[str, Argument] = {}
         self.functions: set[str] = set()
@@ -137,19 +144,62 @@ class Kernel:
     def stride(self, tensor: str, axis: str) -> str:
         return self.argument(f"{tensor}_stride_{axis}", "stride", tensor, axis)
 
+    def tiles(self, axis: str) -> str:
+        """How many tiles an axis has."""
+        size, grid, letter = self.size(axis), self.signature.grid, axis.upper()
+        if not grid:
+            return f"tl.cdiv({size}, {'BM' if axis == 'q' else 'BN'})"
+        inside = " * ".join(f"N{a}" for a in range(1, grid))
+        counts = " * ".join(f"{letter}C{a}" for a in range(1, grid))
+        return f"tl.cdiv({size} // ({inside}), {letter}B0) * ({counts})"
+
+    def place(self, axis: str, first: str, number: str, depth: int = 0) -> None:
+        """Name the tokens of a tile by its number: `rows` of q, `columns` of k, from `first` on."""
+        grid, letter = self.signature.grid, axis.upper()
+        name, count = ("rows", "BM") if axis == "q" else ("columns", "BN")
+        if not grid:
+            number = number if number.isidentifier() else f"({number})"
+            self.add([f"{first} = {number} * {count}",
+                      f"{name} = {first} + tl.arange(0, {count})"], depth)
+            return
+        later = range(1, grid)
+        corner = ", ".join(self.corner(first))
+        of_box = ", ".join([*(f"{letter}C{a}" for a in later),
+                            *(f"{letter}B{a}" for a in range(grid))])
+        inner = ", ".join([*(f"N{a}" for a in later), *(f"{letter}B{a}" for a in later)])
+        self.add([f"{corner} = box_corner({number}, {of_box})",
+                  f"{name} = box_tokens({corner}, {self.size(axis)}, {inner}, {count})"], depth)
+
+    def corner(self, first: str) -> list[str]:
+        """The names of the first coordinates of a box."""
+        return [f"{first}{a}" for a in range(self.signature.grid)]
+
     def tile(self, name: str, tensor: str, axes: Sequence[str], row: str, first: str, whole: bool,
              rows: str, width: str, descriptor: bool = True, depth: int = 0) -> None:
         """Load rows of a matrix under a name; `row` is the axis of its rows, q or k."""
-        load = (f"load_rows({tensor}_here, {first}, {self.stride(tensor, row)}, "
-                f"{self.stride(tensor, 'd')}, {self.size(row)}, {whole}, {rows}, {width}, "
-                f"{width}P)")
+        if self.signature.grid:
+            tokens = "rows" if row == "q" else "columns"
+            load = (f"load_tokens({tensor}_here, {tokens}, {self.stride(tensor, row)}, "
+                    f"{self.stride(tensor, 'd')}, {self.size(row)}, {whole}, {width}, {width}P)")
+            entry = "0"
+            for axis in axes:
+                entry = axis if entry == "0" else f"({entry}) * {self.size(axis)} + {axis}"
+            places = ", ".join([entry, *self.corner(first), "0"])
+        else:
+            load, places = self.run(tensor, row, first, whole, rows, width), ", ".join(
+                [*axes, first, "0"])
         if not descriptor:
             self.add(f"{name} = {load}", depth)
             return
-        places = ", ".join([*axes, first, "0"])
         self.add(["if TMA:",
                   f"    {name} = tl.reshape({tensor}.load([{places}]), ({rows}, {width}P))",
                   "else:", f"    {name} = {load}"], depth)
+
+    def run(self, tensor: str, row: str, first: str, whole: bool, rows: str, width: str) -> str:
+        """The text that loads rows from `first` on."""
+        return (f"load_rows({tensor}_here, {first}, {self.stride(tensor, row)}, "
+                f"{self.stride(tensor, 'd')}, {self.size(row)}, {whole}, {rows}, {width}, "
+                f"{width}P)")
 
     def text(self) -> str:
         names = [*self.arguments, *(f"{c}: tl.constexpr" for c in self.constants)]
@@ -165,7 +215,9 @@ def module(title: str, spec: Spec, kernels: Sequence[Kernel]) -> Source:
     functions = {name for kernel in kernels for name in kernel.functions}
     spec_text = "\n".join(textwrap.wrap(
         str(spec).replace("\\", "\\\\").replace('"""', "'''"), 96, break_on_hyphens=False))
+    grid = max(kernel.signature.grid for kernel in kernels)
     text = _HEADER.format(title=title, spec=spec_text) + texts(functions) + _LOAD_ROWS
+    text += boxes.functions(grid)
     text += "".join(kernel.text() for kernel in kernels)
     return Source(text, {k.name: tuple(k.arguments.values()) for k in kernels},
                   {k.name: k.constants for k in kernels})

@@ -23,7 +23,9 @@ from typing import Any
 from attnopt.errors import KernelError
 from attnopt.ir.expr import BOOL, INT
 from attnopt.ir.spec import Spec, leading_axes
+from attnopt.ir.tiling import GridTile
 from attnopt.kernels.triton.backward import backward
+from attnopt.kernels.triton.boxes import Boxes, constants
 from attnopt.kernels.triton.layout import Argument, Signature, Source
 from attnopt.kernels.triton.loading import kernel
 from attnopt.kernels.triton.template import forward
@@ -58,49 +60,65 @@ class Resources:
 
 def forward_resources(spec: Spec, tile: Tile, target: str, head_dim: int = 128,
                       value_dim: int | None = None, dtype: str = "bfloat16", lse: bool = False,
-                      ragged: bool = False) -> Resources:
+                      ragged: bool = False, lists: tuple[str, ...] | None = None,
+                      boxes: Boxes | None = None) -> Resources:
     """Of the forward kernel of a Spec on contiguous (B, H, N, D) tensors.
 
-    target: a name of `tiles.ARCHITECTURES`. Raises KernelError where it does not compile.
+    target: a name of `tiles.ARCHITECTURES`; lists: axes along which lists of tiles vary, None for
+    none; boxes: of queries and keys. Raises KernelError where it does not compile.
     """
-    axes = leading_axes(2)
-    source = forward(spec, Signature(axes, axes, axes, axes, lse=lse))
+    source = forward(spec, dataclasses.replace(_signature(lists, boxes), lse=lse))
     value_dim = head_dim if value_dim is None else value_dim
     fixed = {"TMA": architecture(target).tma, "BM": tile.rows, "BN": tile.keys,
              "STAGES": tile.stages, "D": head_dim, "DP": padded(head_dim), "V": value_dim,
-             "VP": padded(value_dim), "PRECISION": exactness(dtype, target), "RAGGED": ragged}
+             "VP": padded(value_dim), "PRECISION": exactness(dtype, target), "RAGGED": ragged,
+             **(constants(boxes) if boxes else {})}
     for name in source.constants["forward"]:
         if re.fullmatch(r"R\d+P?", name):
             fixed[name] = 16
-    blocks = {"key": (2, tile.keys, padded(head_dim)), "value": (2, tile.keys, padded(value_dim))}
-    return compile_for(source, "forward", target, fixed, tile, dtype, spec, blocks)
+    key, value = (_block(tile.keys, boxes and boxes[1], width) for width in (head_dim, value_dim))
+    return compile_for(source, "forward", target, fixed, tile, dtype, spec,
+                       {"key": key, "value": value})
+
+
+def _signature(lists: tuple[str, ...] | None, boxes: Boxes | None) -> Signature:
+    axes = leading_axes(2)
+    return Signature(axes, axes, axes, axes, lists=lists,
+                     grid=len(boxes[0].shape) if boxes else 0)
+
+
+def _block(tokens: int, box: GridTile | None, width: int) -> tuple[int, ...]:
+    """The shape of what a tensor descriptor reads at a time."""
+    return (1, *box.shape, padded(width)) if box else (1, 1, tokens, padded(width))
 
 
 def backward_resources(spec: Spec, kind: str, tile: Tile, target: str, head_dim: int = 128,
                        value_dim: int | None = None, dtype: str = "bfloat16",
-                       wanted: tuple[str, ...] = ()) -> Resources:
+                       wanted: tuple[str, ...] = (), lists: tuple[str, ...] | None = None,
+                       boxes: Boxes | None = None) -> Resources:
     """Of the backward kernel `kind`: grad_query, grad_key, row_dots or grad_<operand>."""
-    axes = leading_axes(2)
-    signature = Signature(axes, axes, axes, axes)
+    signature = _signature(lists, boxes)
     source = backward(spec, signature, signature, wanted)
     value_dim = head_dim if value_dim is None else value_dim
     fixed = {"TMA": architecture(target).tma and kind in ("grad_query", "grad_key"),
              "BM": tile.rows, "BN": tile.keys, "STAGES": tile.stages, "D": head_dim,
              "DP": padded(head_dim), "V": value_dim, "VP": padded(value_dim),
-             "PRECISION": exactness(dtype, target), "RAGGED": False}
-    wide, value = padded(head_dim), padded(value_dim)
-    blocks = ({"key": (2, tile.keys, wide), "value": (2, tile.keys, value)}
-              if kind == "grad_query" else
-              {"query": (2, tile.rows, wide), "grad": (2, tile.rows, value)})
+             "PRECISION": exactness(dtype, target), "RAGGED": False,
+             **(constants(boxes) if boxes else {})}
+    rows, keys = boxes or (None, None)
+    blocks = ({"key": _block(tile.keys, keys, head_dim),
+               "value": _block(tile.keys, keys, value_dim)} if kind == "grad_query" else
+              {"query": _block(tile.rows, rows, head_dim),
+               "grad": _block(tile.rows, rows, value_dim)})
     return compile_for(source, kind, target, fixed, tile, dtype, spec, blocks)
 
 
 def compile_for(source: Source, name: str, target: str, fixed: Mapping[str, Any], tile: Tile,
-                dtype: str, spec: Spec, blocks: Mapping[str, tuple[int, int, int]]) -> Resources:
+                dtype: str, spec: Spec, blocks: Mapping[str, tuple[int, ...]]) -> Resources:
     """Compile one kernel.
 
     fixed: its constexpr parameters; dtype: of query, key, value and float operands
-    blocks: by name what TMA reads: (leading axes, rows, channels) of a block
+    blocks: by name the shape of what TMA reads at a time
     """
     import triton
     from triton.compiler import ASTSource
@@ -113,8 +131,7 @@ def compile_for(source: Source, name: str, target: str, fixed: Mapping[str, Any]
     for i, argument in enumerate(source.arguments[name]):
         text = _type(argument, dtype, kinds)
         if fixed["TMA"] and argument.kind == "pointer" and argument.name in blocks:
-            leading, rows, width = blocks[argument.name]
-            shape = ", ".join(map(str, [*[1] * leading, rows, width]))
+            shape = ", ".join(map(str, blocks[argument.name]))
             signature[argument.name] = f"tensordesc<{_TYPES[dtype]}[{shape}]>"
             continue
         if argument.kind == "stride" and argument.axis in ("d", "r") or (

@@ -61,18 +61,14 @@ class _Forward(Steps):
 
     def start(self) -> None:
         k, signature = self.kernel, self.signature
-        k.add(f"own_tiles = tl.cdiv({k.size('q')}, BM)")
+        k.add(f"own_tiles = {k.tiles('q')}")
         k.add("own_tile = tl.program_id(0) % own_tiles")
         if self.visits.bounds.high is not None:
             k.add("# the longest rows start first\nown_tile = own_tiles - 1 - own_tile")
         k.add("lead = tl.program_id(0) // own_tiles")
         k.indices("lead", signature.axes)
-        k.add("""
-            first = own_tile * BM
-            rows = first + tl.arange(0, BM)
-            q = rows[:, None]
-            q_inside = tl.minimum(q, size_q - 1)
-        """)
+        k.place("q", "first", "own_tile")
+        k.add("q = rows[:, None]\nq_inside = tl.minimum(q, size_q - 1)")
         if self.spec.score == "dot":
             k.add(f"query_here = {k.here('query', signature.query)}")
             k.tile("query_tile", "query", (), "q", "first", False, "BM", "D", descriptor=False)
@@ -114,7 +110,7 @@ class _Forward(Steps):
         lines = printer.take("column") + printer.take("cell")
         loops = self.visits.loops()
         if everything:
-            loops = [(False, [f"for j in tl.range(0, tl.cdiv({self.kernel.size('k')}, BN), "
+            loops = [(False, [f"for j in tl.range(0, {self.kernel.tiles('k')}, "
                               "num_stages=STAGES):"], "j")]
         for full, opening, tile in loops:
             depth = 0
@@ -134,8 +130,8 @@ class _Forward(Steps):
     def scores(self, full: bool, tile: str, lines: list[str], depth: int) -> None:
         """The raw scores of a tile and what the expressions make of them."""
         k = self.kernel
-        k.add([f"there = ({tile}) * BN", "columns = there + tl.arange(0, BN)",
-               "k = columns[None, :]"], depth)
+        k.place("k", "there", tile, depth)
+        k.add("k = columns[None, :]", depth)
         if self.spec.score == "dot":
             k.tile("key_tile", "key", self.signature.key, "k", "there", full, "BN", "D",
                    depth=depth)
@@ -190,8 +186,8 @@ class _Forward(Steps):
         k = self.kernel
         k.add([f"if tl.min(tl.where(some | (rows >= {k.size('q')}), 1, 0), 0) == 0:",
                "    mean = tl.zeros([VP], tl.float32)",
-               f"    for j in tl.range(0, tl.cdiv({k.size('k')}, BN), num_stages=1):"])
-        k.add("there = j * BN", 2)
+               f"    for j in tl.range(0, {k.tiles('k')}, num_stages=1):"])
+        k.place("k", "there", "j", 2)
         k.tile("value_tile", "value", self.signature.value, "k", "there", False, "BN", "V", depth=2)
         k.add("mean += tl.sum(tl.cast(value_tile, tl.float32), 0)", 2)
         k.add([f"    mean = mean / tl.cast({k.size('k')}, tl.float32)",
@@ -204,7 +200,9 @@ class _Forward(Steps):
         if spec.output is not E.out:
             result = self.epilogue()
         k.add(f"out_here = {k.here('out', self.signature.axes)}")
-        place = (f"out_here + tl.cast(first, tl.int64) * {k.stride('out', 'q')} + "
+        place = (f"out_here + tl.cast(q, tl.int64) * {k.stride('out', 'q')} + d"
+                 if self.signature.grid else
+                 f"out_here + tl.cast(first, tl.int64) * {k.stride('out', 'q')} + "
                  f"(q - first) * {k.stride('out', 'q')} + d")
         k.add(f"inside = (q < {k.size('q')}) & (d < V)")
         k.add(f"tl.store({place}, tl.cast({result}, out.dtype.element_ty), mask=inside)")

@@ -117,12 +117,27 @@ _DEFAULTS: dict[str, dict[int, tuple[int, int, int, int]]] = {
 }
 
 
-def default(arch: str, head_dim: int, value_dim: int, itemsize: int = 2) -> Tile:
-    """The tile to take where nothing is known about the shapes."""
+#: in place of those, where tiles come from lists: finer tiles leave out more, and the coordinates
+#: of a grid take registers
+_LISTED: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "sm_80": {128: (128, 32, 8, 3), 256: (64, 32, 8, 1)},
+    "sm_89": {128: (128, 32, 8, 2)},
+    "sm_90": {64: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+    "sm_100": {32: (128, 64, 8, 3), 64: (128, 64, 8, 2)},
+}
+
+
+def default(arch: str, head_dim: int, value_dim: int, itemsize: int = 2,
+            listed: bool = False) -> Tile:
+    """The tile to take where nothing is known about the shapes.
+
+    listed: the mask has lists of tiles, see `attnopt.kernels.triton.lists`
+    """
     device = architecture(arch)
     family = {"sm_86": "sm_89", "sm_120": "sm_89", "gfx90a": "gfx942"}.get(device.name, device.name)
     width = max(32, padded(head_dim), padded(value_dim))
-    tile = Tile(*_DEFAULTS[family][min(width, 256)])
+    known = _DEFAULTS[family] | (_LISTED.get(family, {}) if listed else {})
+    tile = Tile(*known[min(width, 256)])
     if itemsize > 2:
         # Three products in tf32 for each one: their parts fill the registers.
         newer = family in ("sm_90", "sm_100")

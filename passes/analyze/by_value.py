@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from attnopt.ir import expr as E
 from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.expr import Expr
+from attnopt.passes.analyze.lift_tables import Patterns
 from attnopt.passes.analyze.logic import Logic
 
 #: Bytes of one tensor, and of all tensors alive, that an evaluation may make.
@@ -42,6 +43,8 @@ class Values:
     def __init__(self, kind_of: Mapping[str, str],
                  value_of: Callable[[str], Tensor | None]) -> None:
         self.kind_of, self.value_of = kind_of, value_of
+        #: constant masks that were named, each of them once
+        self.patterns = Patterns()
         self._sources: dict[fx.Node, frozenset[str] | None] = {}
         self._values: dict[fx.Node, Tensor] = {}
 
@@ -88,7 +91,8 @@ class Values:
         with torch.no_grad():
             for n in cone(node, done):
                 done[n] = self._run(n, done, symbols or {})
-                total += sum(t.nbytes for t in _tensors(done[n]))
+                if n.op != "placeholder":
+                    total += sum(t.nbytes for t in _tensors(done[n]))
                 if total > TOTAL:
                     raise LookupError(f"{node.name} takes more than {TOTAL >> 20} MB to evaluate")
         if symbols is None and done[node].nbytes <= _KEPT:
@@ -100,7 +104,7 @@ class Values:
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt):
             return _number(val, symbols)
-        for t in _tensors(val):
+        for t in _tensors(val if node.op != "placeholder" else ()):
             if math.prod(_number(n, symbols) for n in t.shape) * t.element_size() > LARGEST:
                 raise LookupError(f"{node.name} is larger than {LARGEST >> 20} MB")
         if node.op == "placeholder":

@@ -37,7 +37,7 @@ def agrees(lifted: Lifted, node: fx.Node, idx: Index, values: Values,
     leading = [a for a in axes - {"q", "k"} if a not in ("h", "b")]
     count = 2 + max((int(a[1:]) for a in leading), default=0) if axes - {"q", "k"} else 0
     names = ["h", "b", *(f"b{i}" for i in range(1, count))][:count]
-    sizes = {a: _number(n, symbols) for a, n in lengths.items()}
+    sizes = {a: number(n, symbols) for a, n in lengths.items()}
     shape = tuple(sizes[a] if a in axes else 1 for a in (*reversed(names), "q", "k"))
     if torch.Size(shape).numel() > LARGEST:
         return None
@@ -73,5 +73,6 @@ def captured_sizes(lengths: Mapping[str, Any], tensors: list[torch.Tensor]
     return found
 
 
-def _number(n: int | torch.SymInt, symbols: Mapping[sympy.Symbol, int]) -> int:
+def number(n: int | torch.SymInt, symbols: Mapping[sympy.Symbol, int]) -> int:
+    """A length with its symbols bound."""
     return int(n.node.expr.xreplace(symbols)) if isinstance(n, torch.SymInt) else n

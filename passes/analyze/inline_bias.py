@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,15 +24,26 @@ from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Mask, Where
 from attnopt.ir.spec import Operand, Spec
+from attnopt.passes.analyze import bias_tables, key_lifetimes
+from attnopt.passes.analyze.bias_lifter import BiasLifter, grid_layout
+from attnopt.passes.analyze.bias_tables import BiasTables
 from attnopt.passes.analyze.grid_check import agrees
-from attnopt.passes.analyze.inline_masks import Computed, filled, in_mask, is_added
+from attnopt.passes.analyze.inline_masks import (
+    Computed,
+    fill_of,
+    filled,
+    in_mask,
+    is_added,
+    is_term,
+)
 from attnopt.passes.analyze.inline_operands import Operands
 from attnopt.passes.analyze.lift import Lifted, Unliftable, hint
 from attnopt.passes.analyze.lift_floats import FloatLifter, decides
-from attnopt.passes.analyze.logic import literals
+from attnopt.passes.analyze.logic import leaves_of, literals
 from attnopt.passes.analyze.mask_reading import Reader
 from attnopt.passes.analyze.provenance import Analysis, rows_kept
-from attnopt.passes.analyze.structure import LOW, named_layout
+from attnopt.passes.analyze.selections import block_map, is_block_table
+from attnopt.passes.analyze.structure import LOW
 from attnopt.passes.canonical import Canonical
 from attnopt.passes.normalize import is_tensor
 from attnopt.passes.recognize.program import INPUT, PARAMETER, Program
@@ -40,6 +52,8 @@ log = logging.getLogger("attnopt.passes")
 
 #: vector instructions per score from which on an operand is cheaper to load
 DEAREST = 24.0
+#: the same for what is looked up by blocks, where whole tiles may be skipped
+DEAREST_BLOCKS = 64.0
 _BOTH = frozenset("qk")
 _LOADED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
            torch.bool)
@@ -49,18 +63,17 @@ _LOADED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.in
 class Inlined:
     """A second form of a site.
 
-    slots:  operands of the first form that the Spec of this one computes
+    slots:  operands of the first form that the Spec of this one computes, with words for the
+            report
     guards: buffers and constants whose values were used for it
     saved:  elements of the tensors that are not made then; one that several sites read counts for
             each of them with its share
-    words:  for the report
     """
 
     canonical: Canonical
-    slots: tuple[str, ...]
+    slots: Mapping[str, str]
     guards: frozenset[str]
     saved: tuple[float, ...]
-    words: str
 
 
 def inline(analysis: Analysis, program: Program, canonical: Canonical) -> Inlined | None:
@@ -86,7 +99,8 @@ class _Inlining:
     analysis: Analysis
     program: Program
     canonical: Canonical
-    taken: dict[str, Lifted] = field(default_factory=dict)
+    #: words for the operands that are computed
+    taken: dict[str, str] = field(default_factory=dict)
     guards: set[str] = field(default_factory=set)
     interior: set[fx.Node] = field(default_factory=set)
 
@@ -97,27 +111,42 @@ class _Inlining:
     def take(self, operand: Operand) -> None:
         """Compute `operand`. Raises LookupError where that is not possible or does not pay."""
         slot, tensor = operand.slot, self.canonical.operands[operand.slot]
-        named = named_layout(self.canonical, tensor)
+        named = grid_layout(self.canonical, tensor)
         if named is None:
             raise Unliftable("a dimension has no name")
         layout, lengths = named
-        lifter = self.analysis.lifter(tensor.node, layout, lengths, FloatLifter)
+        lifter = self.analysis.lifter(tensor.node, layout, lengths, BiasLifter)
         idx = lifter.indices(layout)
-        lifted = lifter.lift(tensor.node, idx)
-        self.check(lifted)
-        if agrees(lifted, tensor.node, idx, self.analysis.values, lengths, exact=False) is False:
+        lifted, lives = key_lifetimes.resolve(lifter, lifter.lift(tensor.node, idx), tensor.node)
+        if not lives and agrees(lifted, tensor.node, idx, self.analysis.values, lengths,
+                                exact=False) is False:
             log.warning("the arithmetic of %s is not what it evaluates to", tensor.node.name)
             raise Unliftable("its lift does not equal its own values")
         interior = self.region(slot, set(lifted.loads.values()))
-        found = self.split(slot, lifter, lifted.expr)
+        found = self.split(slot, lifter, lifted.expr, lives)
+        if found.fill is not None:
+            found = replace(found, keep=key_lifetimes.shortened(lifter, found.keep, lives))
+        tables = BiasTables(lifter, self.analysis.values, self.operands.names,
+                            _numbers(lengths["q"], lengths["k"]))
+        found = replace(found, expr=tables.of(found.expr))
+        lifted = replace(lifted, expr=found.expr if found.fill is None else
+                         E.where(found.keep, found.expr, found.fill))
+        self.check(lifter, lifted, lives, tables.found)
         operands = self.operands.copy()
+        bias_tables.declare(operands, found.expr, tables.found)
+        for life in lives:
+            key_lifetimes.declare(operands, lifter, life)
         whole, inner, keep = (operands.bind(lifter, e)
                               for e in (lifted.expr, found.expr, found.keep))
-        if instructions(whole, Spec(operands=operands.described)) > DEAREST:
+        blind = key_lifetimes.blind(operands, lifter, lives[0]) if found.blind else E.FALSE
+        inner = E.where(blind, found.fill, inner)
+        dearest = DEAREST if not self.has_block_table(lifter, lifted) else DEAREST_BLOCKS
+        if instructions(whole, Spec(operands=operands.described)) > dearest:
             raise Unliftable("more arithmetic than a load costs")
         changes = self.put(slot, inner)
         if found.fill is not None:
-            changes["mask"] = self.spec.mask & self.mask(lifter, tensor.node, found.keep, keep)
+            mask = self.mask(lifter, tensor.node, found.keep, keep)
+            changes["mask"] = self.spec.mask & (mask if blind is E.FALSE else mask | Where(blind))
         elif slot in self.spec.mask.slots:
             changes["mask"] = in_mask(
                 self.spec.mask, slot, whole, lifted.expr, lifter.logic,
@@ -126,26 +155,39 @@ class _Inlining:
         self.spec = self.spec.with_(
             [o for o in operands.described if o.slot not in present], **changes)
         self.operands = operands
-        self.taken[slot] = lifted
-        self.guards |= lifted.guards
+        forms = dict.fromkeys(
+            t.words for name, t in tables.found.items() if name in lifted.expr.slots)
+        if self.has_block_table(lifter, lifted) and lifted.expr.dtype == E.FLOAT:
+            forms["separable per axis"] = None
+        forms.update((f"best {life.what.count} keys of a row", None) for life in lives)
+        self.taken[slot] = " & ".join(forms) or "computed in the kernel"
+        self.guards |= lifted.guards | tables.guards
         self.interior |= interior
 
     # -- what may be taken ------------------------------------------------------------------
-    def check(self, lifted: Lifted) -> None:
+    def check(self, lifter: FloatLifter, lifted: Lifted,
+              lives: Sequence[key_lifetimes.Lifetime], tables: Iterable[str]) -> None:
         """Nothing of queries x keys is loaded, and nothing that rounds decides."""
+        made = frozenset[Expr]().union(*(life.made for life in lives))
         for node in lifted.expr.walk():
-            if node.op == "load":
+            if node.op == "load" and node not in made and node.value not in tables:
                 along = frozenset().union(*(i.indices for i in node.args))
                 source = lifted.loads[node.value]
                 val = source.meta.get("val")
                 if not isinstance(val, torch.Tensor) or val.dtype not in _LOADED:
                     raise Unliftable(f"{source.name} cannot be an operand")
+                if is_block_table(lifter, source, node.args):
+                    continue
                 if _BOTH <= along or any(i.has("load") for i in node.args):
                     raise Unliftable(f"{source.name} is a table of queries x keys")
             elif node.op == "const" and node.dtype == E.FLOAT and math.isnan(node.value):
                 raise Unliftable("holds nan")
         if decides(lifted.expr):
             raise Unliftable("a choice by what is rounded")
+
+    def has_block_table(self, lifter: FloatLifter, lifted: Lifted) -> bool:
+        return any(is_block_table(lifter, lifted.loads[n.value], n.args)
+                   for n in lifted.expr.leaves if n.value in lifted.loads and n.args)
 
     def region(self, slot: str, loads: set[fx.Node]) -> set[fx.Node]:
         """The nodes between the loads and the operand, which the Spec computes in their place.
@@ -199,14 +241,15 @@ class _Inlining:
                                  if leaf.op == "load" and leaf.value == slot})
                 for name, e in exprs.items() if slot in e.slots}
 
-    def split(self, slot: str, lifter: FloatLifter, e: Expr) -> Computed:
+    def split(self, slot: str, lifter: FloatLifter, e: Expr,
+              lives: Sequence[key_lifetimes.Lifetime]) -> Computed:
         """An additive operand that hides keys as a mask and the rest, where that is the same."""
         spec = self.spec
         found = filled(lifter.logic, e)
         if found is None or spec.normalizer != "softmax" or slot in spec.mask.slots \
                 or not is_added(spec.logits, slot) or slot in spec.weights.slots:
             return Computed(e)
-        keep = found.keep
+        keep = key_lifetimes.seen(lifter, found.keep, lives)
         kept = not keep.slots and rows_kept(lifter.logic, [spec.mask, Where(keep)])
         if found.fill == -math.inf:
             return found if kept or spec.empty_row == "nan" else Computed(e)
@@ -215,7 +258,17 @@ class _Inlining:
                   for s, t in self.canonical.operands.items() if s != slot and s not in self.taken]
         alone = all(parts <= {"parameter", "activation"} for parts in others) and not any(
             n.op == "const" and n.dtype == E.FLOAT and n.value <= LOW for n in spec.logits.walk())
-        return found if kept and alone else Computed(e)
+        if kept and alone:
+            return found
+        # The lowest number absorbs what is added to it: a row of nothing else is all keys with it.
+        dtype = self.canonical.operands[slot].node.meta["val"].dtype
+        lowest = dtype != torch.float16 and found.fill == torch.finfo(dtype).min and all(
+            fill_of(x) in (None, found.fill) for x in leaves_of(e))
+        whole = len(lives) == 1 and keep is lives[0].keep and is_term(spec.logits, slot)
+        if lowest and whole and alone and spec.mask is ALL and spec.sinks is None \
+                and spec.weights is E.weight:
+            return replace(found, blind=True)
+        return Computed(e)
 
     def named(self, lifter: FloatLifter, node: fx.Node, keep: Expr,
               operands: Operands) -> Mask:
@@ -236,7 +289,7 @@ class _Inlining:
         if plain:
             found = Reader(lifter, node).mask(lifter.logic.conj(*plain))
         for p in rest:
-            found = found & Where(p)
+            found = key_lifetimes.joined(found, p) if p.op == "le" else found & block_map(p)
         return found
 
     # -- result -----------------------------------------------------------------------------
@@ -244,17 +297,22 @@ class _Inlining:
         old = {s: t for s, t in self.canonical.operands.items() if s not in self.taken}
         tensors = old | {slot: tensor for slot, (_, tensor) in self.operands.declared.items()}
         operands = {o.slot: tensors[o.slot] for o in self.spec.operands if o.slot in tensors}
-        loaded = {t.node for t in operands.values()}
+        loaded = {s.node for t in operands.values() for s in t.sources}
         canonical = replace(self.canonical, spec=self.spec, operands=operands,
                             computed=frozenset(self.interior - loaded))
-        return Inlined(canonical, tuple(self.taken), frozenset(self.guards), self.saved(),
-                       "computed in the kernel")
+        return Inlined(canonical, self.taken, frozenset(self.guards), self.saved())
 
     def saved(self) -> tuple[float, ...]:
         readers = max(len(self.program.users(self.canonical.operands[s].node)) for s in self.taken)
         sizes = [math.prod(map(hint, n.meta["val"].shape)) for n in self.interior
                  if is_tensor(n) and not _is_view(n)]
         return tuple(size / max(readers, 1) for size in sizes if size > 1)
+
+
+def _numbers(*lengths: int | torch.SymInt) -> tuple[int, int] | None:
+    """Two lengths where both are known."""
+    q, k = lengths
+    return (q, k) if isinstance(q, int) and isinstance(k, int) else None
 
 
 def _is_view(node: fx.Node) -> bool:

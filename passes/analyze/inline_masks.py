@@ -20,11 +20,13 @@ from attnopt.passes.analyze.structure import LOW
 @dataclass(frozen=True)
 class Computed:
     """An operand as an expression: `expr` where `keep` holds and `fill`, or something with `fill`
-    added to it, elsewhere; without a fill it is `expr`."""
+    added to it, elsewhere; without a fill it is `expr`. `blind`: rows without a key
+    keep all of them, with the fill."""
 
     expr: Expr
     keep: Expr = E.TRUE
     fill: float | None = None
+    blind: bool = False
 
 
 def is_added(e: Expr, slot: str) -> bool:
@@ -38,7 +40,13 @@ def is_added(e: Expr, slot: str) -> bool:
     return False
 
 
-def _fill(e: Expr) -> float | None:
+def is_term(e: Expr, slot: str) -> bool:
+    """Is the operand a term of a sum over the raw score, without a factor?"""
+    return e.op == "load" and e.value == slot and not e.args or (
+        e.op == "add" and any(is_term(a, slot) for a in e.args))
+
+
+def fill_of(e: Expr) -> float | None:
     """The low number that a leaf is, or that is added to it."""
     last = e.args[1] if e.op == "add" else e
     low = last.op == "const" and last.dtype == E.FLOAT and last.value <= LOW
@@ -46,14 +54,14 @@ def _fill(e: Expr) -> float | None:
 
 
 def filled(logic: Logic, e: Expr) -> Computed | None:
-    """A case tree of low leaves and of one that is not, as a mask."""
+    """A case tree of low leaves and of others, as a mask and the tree of the others."""
     if e.op != "where":
         return None
     condition, yes, no = e.args
     parts: list[tuple[Expr, float | None, Expr]] = []  # (keeps, fill, what is kept)
     for side in (yes, no):
         inner = filled(logic, side)
-        fill = _fill(side)
+        fill = fill_of(side)
         if inner is not None:
             parts.append((inner.keep, inner.fill, inner.expr))
         elif fill is not None:
@@ -62,10 +70,11 @@ def filled(logic: Logic, e: Expr) -> Computed | None:
             parts.append((E.TRUE, None, side))
     kept = [p for p in parts if p[0] is not E.FALSE]
     fills = [p[1] for p in parts if p[1] is not None]
-    if not fills or not kept or len({p[2] for p in kept}) > 1:
+    if not fills or not kept:
         return None
     keep = logic.choose(condition, parts[0][0], parts[1][0])
-    return Computed(kept[0][2], keep, max(fills))
+    rest = kept[0][2] if len(kept) == 1 else logic.choose(condition, kept[0][2], kept[1][2])
+    return Computed(rest, keep, max(fills))
 
 
 def in_mask(mask: Mask, slot: str, new: Expr, lifted: Expr, logic: Logic,

@@ -47,10 +47,20 @@ class Operands:
             return self.bound.get(n)
         return e.replace(operand)
 
-    def _declare(self, lifter: Lifter, n: Expr) -> Expr:
+    def new_slot(self) -> str:
+        """A name that no operand has."""
         known = {*self.canonical.operands, *(o.slot for o in self.canonical.spec.operands)}
-        slot = next(s for i in range(len(known) + len(self.declared) + 1)
+        return next(s for i in range(len(known) + len(self.declared) + 1)
                     if (s := f"in{i}") not in known and s not in self.declared)
+
+    def of(self, slot: str) -> tuple[Operand, Tensor]:
+        """A new operand, or one that the site had."""
+        if slot in self.declared:
+            return self.declared[slot]
+        return self.canonical.spec.operand(slot), self.canonical.operands[slot]
+
+    def _declare(self, lifter: Lifter, n: Expr) -> Expr:
+        slot = self.new_slot()
         node = lifter.nodes[n.value]
         axes = self._axes(lifter, node, n.args)
         if axes is None:

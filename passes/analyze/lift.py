@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.passes.analyze import by_value
+from attnopt.passes.analyze import by_value, lift_tables
 from attnopt.passes.analyze.by_value import Values
 from attnopt.passes.analyze.logic import Logic
 from attnopt.passes.normalize import op_name
@@ -113,7 +113,7 @@ class Lifter:
     def __init__(self, graph: fx.Graph, kind_of: Mapping[str, str],
                  value_of: Callable[[str], Tensor | None],
                  lengths: Mapping[str, int | torch.SymInt], values: Values | None = None) -> None:
-        self.kind_of = kind_of
+        self.kind_of, self.axis_lengths = kind_of, lengths
         self.nodes: dict[str, fx.Node] = {}
         self.logic: Logic = _SiteLogic(lengths, graph, self.nodes)
         self.values = values or Values(kind_of, value_of)
@@ -133,7 +133,8 @@ class Lifter:
             raise ValueError(f"indices must be {rank}, got {len(indices)}")
         self._guards, self.logic.work = set(), 0
         e = self.element(node, indices)
-        used = {leaf.value: self.nodes[leaf.value] for leaf in e.leaves if leaf.op == "load"}
+        used = {leaf.value: self.nodes[leaf.value] for leaf in e.leaves
+                if leaf.op == "load" and leaf.value not in self.values.patterns}
         return Lifted(e, used, frozenset(self._guards))
 
     def indices(self, layout: Layout) -> Index:
@@ -212,12 +213,19 @@ class Lifter:
         if sources is None or any(isinstance(n, torch.SymInt) for n in node.meta["val"].shape):
             return None
         try:
-            found = by_value.fit(self.values.evaluate(node), idx, self.logic)
+            table = self.values.evaluate(node)
+            found = by_value.fit(table, idx, self.logic)
+            if found is None:
+                found = self._named_table(table, idx)
         except LookupError:
             return None
         if found is not None:
             self._guards |= sources
         return found
+
+    def _named_table(self, table: Tensor, idx: Index) -> Expr | None:
+        """A constant table of two values by the mask that splits it, which is one literal."""
+        return lift_tables.fit(self.values.patterns, table, idx, self.logic.lengths)
 
     def load(self, node: fx.Node, idx: Index) -> Expr:
         """A load of the node's own tensor."""

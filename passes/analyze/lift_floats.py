@@ -14,17 +14,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.passes.analyze.key_lifetimes import is_choice
 from attnopt.passes.analyze.lift import Bound, Index, Lifter, Unliftable, bind
 from attnopt.passes.analyze.lift_types import dtype_of, pointwise, typed_leaf, whole_number
+from attnopt.passes.analyze.selections import is_block_table
 from attnopt.passes.normalize import is_tensor, op_name
 
 _BOTH = frozenset("qk")
 #: whole numbers with infinite bounds hold so many terms at most: 32 bits hold their sum
 _TERMS = 3
+#: views, behind which a table has its own shape
+_THROUGH = frozenset(("unsqueeze", "squeeze", "transpose", "permute", "expand", "alias", "clone",
+                      "contiguous", "slice", "select"))
 Rule = Callable[["FloatLifter", fx.Node, Bound, Index], Expr]
 
 
@@ -38,6 +43,10 @@ class FloatLifter(Lifter):
             if both:
                 raise Unliftable(f"{node.name}: detached from what it is made of")
             return self.load(node, idx)
+        if both and node.op == "call_function" and self.values.sources(node) is None and (
+                is_choice(node, idx) or op_name(node) not in _THROUGH
+                and is_block_table(self, node, idx)):
+            return self.load(node, idx)  # a small table, or what `key_lifetimes` reads
         try:
             return super()._element(node, idx)
         except Unliftable as why:
@@ -60,6 +69,11 @@ class FloatLifter(Lifter):
                     self.kind_of.get(s) != "constant" for s in sources):
                 return None
         return super()._by_value(node, idx)
+
+    def _named_table(self, table: Tensor, idx: Index) -> Expr | None:
+        """What a kernel evaluates is the mask's own predicate."""
+        found = super()._named_table(table, idx)
+        return None if found is None else self.values.patterns.expand(found)
 
     def float32(self, e: Expr, x: Any) -> Expr:
         """A leaf of argument `x` as torch converts it to float32."""

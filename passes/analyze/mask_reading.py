@@ -9,7 +9,7 @@ score; other loads stay tables with explicit indices.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,24 @@ from torch import fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.ir.mask import ALL, Band, Causal, KeyKeep, Mask, Prefix, Segments, Where, Windows
+from attnopt.ir.mask import (
+    ALL,
+    And,
+    Band,
+    Causal,
+    KeyKeep,
+    Mask,
+    Not,
+    Or,
+    Prefix,
+    Segments,
+    Where,
+    Windows,
+)
 from attnopt.passes.analyze.by_value import cone
 from attnopt.passes.analyze.lift import Index, Layout, Lifter
 from attnopt.passes.analyze.logic import literals
+from attnopt.passes.analyze.neighbourhoods import GridMask
 from attnopt.passes.analyze.polynomials import Poly
 
 _Q, _K = E.index("q"), E.index("k")
@@ -39,12 +53,20 @@ class Load:
 
 
 class Reader:
-    """Reads predicates of one operand; `loads` collects what all the masks it made load."""
+    """Reads predicates of one operand; `loads` collects what all the masks it made load.
 
-    def __init__(self, lifter: Lifter, operand: fx.Node) -> None:
+    namer: finds a name for a predicate of q, k and lengths that the idioms here do not have
+    """
+
+    def __init__(self, lifter: Lifter, operand: fx.Node,
+                 namer: Callable[[Expr], GridMask | None] | None = None) -> None:
+        self.namer = namer
         self.lifter, self.logic = lifter, lifter.logic
         self.operand = operand
         self.loads: dict[str, Load] = {}
+        self.patterns = lifter.values.patterns
+        #: words for masks that their nodes cannot describe
+        self.names: dict[Mask, str] = {}
 
     # -- operands ---------------------------------------------------------------------------
     def bind(self, e: Expr) -> Expr:
@@ -54,6 +76,8 @@ class Reader:
     def _bind_load(self, n: Expr) -> Expr | None:
         if n.op != "load":
             return None
+        if n.value in self.patterns:
+            return self.patterns.by_name[n.value].found.mask.predicate()
         node = self.lifter.nodes[n.value]
         layout = self.layout(node, n.args)
         if layout is None:
@@ -91,6 +115,19 @@ class Reader:
     # -- masks ------------------------------------------------------------------------------
     def mask(self, e: Expr) -> Mask:
         """The Mask whose predicate is `e`, with the facts of the site taken for granted."""
+        plain = [p for p in literals(e, "and") if not p.slots]
+        if not plain or self.namer is None:
+            return self.spelled(e)
+        own = functools.reduce(Expr.__and__, plain)
+        found = self.spelled(own)
+        if any(isinstance(m, Where) and {"q", "k"} <= m.axes for m in found.walk()):
+            named = self.namer(own)
+            found = found if named is None else self.named(named)
+        rest = [p for p in literals(e, "and") if p.slots]
+        return found & self.spelled(functools.reduce(Expr.__and__, rest)) if rest else found
+
+    def spelled(self, e: Expr) -> Mask:
+        """The Mask by what the predicate says, idiom by idiom."""
         if e.op == "or":
             return functools.reduce(Mask.__or__, map(self.mask, literals(e, "or")))
         parts = literals(e, "and")
@@ -142,7 +179,11 @@ class Reader:
         return Where(p)
 
     def of_operands(self, p: Expr) -> Mask:
-        """A conjunct that loads: padding, segments, or what it says."""
+        """A conjunct that loads: a constant table, padding, segments, or what it says."""
+        base = self.logic.negate(p) if p.op == "not" else p
+        if base.op == "load" and base.value in self.patterns:
+            mask = self.named(self.patterns.by_name[base.value].found)
+            return mask if base is p else ~mask
         if "q" not in p.indices:
             for e, keep in ((p, True), (self.logic.negate(p), False)):
                 slot = self.key_vector(e)
@@ -157,6 +198,23 @@ class Reader:
                 return Segments(self.slot(self.lifter.nodes[rows.value], own),
                                 self.slot(self.lifter.nodes[keys.value], other))
         return Where(self.bind(p))
+
+    def named(self, found: GridMask) -> Mask:
+        """The mask of a reading, whose words are remembered."""
+        self.names[found.mask] = found.text
+        return found.mask
+
+    def text(self, mask: Mask) -> str:
+        """Words for a mask of this reader."""
+        if mask in self.names:
+            return self.names[mask]
+        if isinstance(mask, And | Or):
+            joint = " & " if isinstance(mask, And) else " | "
+            parts = [self.text(m) for m in mask.masks]
+            return joint.join(f"({t})" if " & " in t or " | " in t else t for t in parts)
+        if isinstance(mask, Not) and mask.mask in self.names:
+            return f"not ({self.names[mask.mask]})"
+        return mask.describe()
 
     def key_vector(self, e: Expr) -> str | None:
         """A slot for a bool tensor of the graph whose element `e` is."""

@@ -23,11 +23,16 @@ from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Mask
 from attnopt.passes.analyze.by_value import Values
-from attnopt.passes.analyze.grid_check import agrees
+from attnopt.passes.analyze.grid_check import agrees, captured_sizes, number
 from attnopt.passes.analyze.lift import Layout, Lifted, Lifter, Unliftable
+from attnopt.passes.analyze.lift_tables import Patterns
 from attnopt.passes.analyze.logic import Logic, leaves_of, literals
 from attnopt.passes.analyze.mask_reading import Load, Reader
+from attnopt.passes.analyze.neighbourhoods import GridMask
 from attnopt.passes.analyze.origins import Origins, Provenance
+from attnopt.passes.analyze.symbolic_grids import read_symbolic
+from attnopt.passes.analyze.table_reading import read, read_heads
+from attnopt.passes.analyze.tables import Table
 from attnopt.passes.normalize import is_tensor, op_name
 
 __all__ = ["Analysis", "Finding", "Load", "Provenance", "Term"]
@@ -65,6 +70,7 @@ class Finding:
     loads:      operands of `mask` by slot
     reason:     why mask is None
     expr:       the lifted element of the operand
+    text:       words for `mask`
     """
 
     mask: Mask | None
@@ -77,6 +83,7 @@ class Finding:
     loads: Mapping[str, Load] = field(default_factory=dict)
     reason: str = ""
     expr: Expr | None = None
+    text: str = ""
 
     @property
     def structural(self) -> bool:
@@ -98,6 +105,8 @@ class Analysis:
         self.origins = Origins(kind_of)
         self._lifters: dict[tuple[object, ...], Lifter] = {}
         self._found: dict[tuple[object, ...], Finding] = {}
+        #: names of predicates at known lengths
+        self.names: dict[tuple[object, ...], GridMask | None] = {}
 
     def provenance(self, node: fx.Node) -> Provenance:
         """The provenance of a tensor node."""
@@ -157,7 +166,7 @@ class _Study:
         found = self.single(term)
         if found.mask is not None:
             return found
-        parts = _parts(term)
+        parts = parts_of(term)
         if len(parts) == 1:
             return found
         studies = [self.whole(p) for p in parts]
@@ -166,6 +175,7 @@ class _Study:
             return replace(found, rest=(term,))
         mask: Mask = ALL
         loads: dict[str, Load] = {}
+        texts = [s.text for s in proved if s.mask is not ALL]
         for s in proved:
             assert s.mask is not None
             mask = mask & s.mask
@@ -175,7 +185,8 @@ class _Study:
         return Finding(
             mask, tuple(t for s in studies for t in s.rest), self.analysis.provenance(term.node),
             max(fills, default=None), self.exact(fills, kept, term.node), kept,
-            tuple(sorted({g for s in proved for g in s.guards})), loads)
+            tuple(sorted({g for s in proved for g in s.guards})), loads,
+            text=" & ".join(f"({t})" if " | " in t else t for t in dict.fromkeys(texts)))
 
     def single(self, term: Term) -> Finding:
         """The finding for a term as a whole."""
@@ -184,7 +195,8 @@ class _Study:
             lifted = self.lifter.lift(term.node, idx)
         except Unliftable as why:
             return self.analysis.carried(term, str(why))
-        if agrees(lifted, term.node, idx, self.analysis.values, self.lengths) is False:
+        exact = replace(lifted, expr=self.analysis.values.patterns.expand(lifted.expr))
+        if agrees(exact, term.node, idx, self.analysis.values, self.lengths) is False:
             log.warning("the lift of %s is not what it evaluates to", term.node.name)
             return self.analysis.carried(term, "its lift does not equal its own values")
         if term.role == "additive":
@@ -211,7 +223,8 @@ class _Study:
     def dense(self, p: Expr) -> Term | None:
         """A conjunct that is one load over q and k, as a term."""
         load = self.logic.negate(p) if p.op == "not" else p
-        if load.op != "load" or not {"q", "k"} <= load.indices:
+        if load.op != "load" or not {"q", "k"} <= load.indices \
+                or load.value in self.analysis.values.patterns:
             return None
         node = self.lifter.nodes[load.value]
         layout = tuple(None if n == 1 else i
@@ -221,14 +234,51 @@ class _Study:
 
     def finding(self, term: Term, lifted: Lifted, keep: Expr, rest: tuple[Term, ...],
                 fills: list[float] | None) -> Finding:
-        reader = Reader(self.lifter, term.node)
+        reader = Reader(self.lifter, term.node, self.name)
         mask = reader.mask(keep)
         loads = {s: x for s, x in reader.loads.items() if s in mask.slots}
-        kept = rows_kept(self.logic, [mask], keep)
+        kept = rows_kept(self.logic, [mask], keep, self.analysis.values.patterns) \
+            or rows_kept(self.logic, [mask]) or not mask.slots and bool(reader.names) \
+            and self.counted(mask)
         exact = fills is None or self.exact(fills, kept, term.node)
         return Finding(mask, rest, self.analysis.provenance(term.node),
                        max(fills, default=None) if fills else None, exact, kept,
-                       tuple(sorted(lifted.guards)), loads, expr=lifted.expr)
+                       tuple(sorted(lifted.guards)), loads, expr=lifted.expr,
+                       text=reader.text(mask))
+
+    def name(self, keep: Expr) -> GridMask | None:
+        """A name for a predicate of q, k and known lengths, by what it keeps: each is read once."""
+        sizes = {axis: n for axis, n in self.lengths.items() if isinstance(n, int)}
+        leading = keep.indices - {"q", "k"}
+        if not {"q", "k", *leading} <= sizes.keys() or leading - {"h"}:
+            return self.name_symbolic(keep)
+        key = (keep, *sorted(sizes.items()))
+        if key not in self.analysis.names:
+            heads = [keep.replace({E.index("h"): E.const(i)}) for i in range(sizes["h"])] \
+                if leading else [keep]
+            tables = [Table.of_predicate(e, sizes["q"], sizes["k"], sizes) for e in heads]
+            self.analysis.names[key] = read_heads(tables, "h") if leading else read(tables[0])
+        return self.analysis.names[key]
+
+    def name_symbolic(self, keep: Expr) -> GridMask | None:
+        """A name for a predicate of q and k whose lengths are symbols."""
+        rows, keys = self.logic.lengths["q"], self.logic.lengths["k"]
+        if keep.indices - {"q", "k"} or rows is not keys or rows.op == "const":
+            return None
+        if (keep, rows) not in self.analysis.names:
+            captured = number(self.lengths["q"], captured_sizes(self.lengths, []))
+            self.analysis.names[keep, rows] = read_symbolic(keep, captured, captured)
+        return self.analysis.names[keep, rows]
+
+    def counted(self, mask: Mask) -> bool:
+        """Does every row of every head keep a key, at these lengths?"""
+        sizes = {axis: n for axis, n in self.lengths.items() if isinstance(n, int)}
+        if not {"q", "k", *mask.axes} <= sizes.keys() or mask.axes - {"q", "k", "h"}:
+            return False
+        heads = range(sizes["h"] if "h" in mask.axes else 1)
+        return all(rows.any(1).all() for h in heads for _, rows in Table.of_predicate(
+            mask.predicate().replace({E.index("h"): E.const(h)}), sizes["q"], sizes["k"],
+            sizes).blocks())
 
     # -- additive ---------------------------------------------------------------------------
     def additive(self, term: Term, lifted: Lifted) -> Finding:
@@ -278,16 +328,20 @@ class _Study:
         return rows_kept and max(fills) <= max(UNDERFLOWS, least)
 
 
-def rows_kept(logic: Logic, masks: Sequence[Mask], keep: Expr | None = None) -> bool:
+def rows_kept(logic: Logic, masks: Sequence[Mask], keep: Expr | None = None,
+              patterns: Patterns | None = None) -> bool:
     """Proves that every row keeps one key: the first, the last, its own, or its aligned one."""
+    patterns = patterns or Patterns()
     last = logic.sub(logic.lengths["k"], E.const(1))
     q, lead = E.index("q"), logic.sub(logic.lengths["k"], logic.lengths["q"])
     places = [E.const(0), last]
     if logic.nonneg(lead):
         places += [q, logic.add(q, lead)]
-    predicates = [keep] if keep is not None else [m.predicate() for m in masks]
-    return any(all(logic.canonical(p.replace({E.index("k"): at})) is E.TRUE
-                   for p in predicates) for at in places)
+    if keep is None:
+        return any(all(m.keeps(at) or logic.canonical(
+            m.predicate().replace({E.index("k"): at})) is E.TRUE for m in masks) for at in places)
+    return any(logic.canonical(patterns.at_key(keep, at).replace(
+        {E.index("k"): at})) is E.TRUE for at in places)
 
 
 # -- parts ----------------------------------------------------------------------------------------
@@ -295,7 +349,7 @@ _PASS_THROUGH = frozenset(("clone", "contiguous", "alias", "detach", "expand", "
                            "unsqueeze", "to", "_to_copy", "lift_fresh_copy", "type_as"))
 
 
-def _parts(term: Term) -> list[Term]:
+def parts_of(term: Term) -> list[Term]:
     """The terms of a sum, or the conjuncts of a mask, through views that keep the layout plain."""
     node, layout, role = term.node, term.layout, term.role
     if node.op != "call_function" or node.meta.get("attnopt_opaque"):
@@ -309,10 +363,10 @@ def _parts(term: Term) -> list[Term]:
         if name == "unsqueeze":
             dim = node.args[1] % len(layout)  # type: ignore[operator]
             layout = layout[:dim] + layout[dim + 1 :]
-        inner = _parts(Term(source, _aligned(layout, source), role))
+        inner = parts_of(Term(source, _aligned(layout, source), role))
         return inner if len(inner) > 1 else [term]
     if name in ("logical_not", "bitwise_not") and role != "additive" and is_tensor(node.args[0]):
-        inner = _parts(Term(node.args[0], layout, "drop" if role == "keep" else "keep"))  # type: ignore[arg-type]
+        inner = parts_of(Term(node.args[0], layout, "drop" if role == "keep" else "keep"))  # type: ignore[arg-type]
         return inner if len(inner) > 1 else [term]
     joins = {"additive": ("add",), "keep": ("bitwise_and", "logical_and", "__and__", "mul"),
              "drop": ("bitwise_or", "logical_or", "__or__", "add")}[role]
@@ -325,7 +379,7 @@ def _parts(term: Term) -> list[Term]:
     if len(same_type) != 1 or (role != "additive") != (same_type == {torch.bool}):
         return [term]
     terms = [Term(x, _aligned(layout, x), role) for x in both]  # type: ignore[arg-type]
-    return [part for t in terms for part in _parts(t)]
+    return [part for t in terms for part in parts_of(t)]
 
 
 def _aligned(layout: Layout, node: fx.Node) -> Layout:

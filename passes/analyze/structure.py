@@ -11,18 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Mask, Where
-from attnopt.ir.spec import leading_axes
-from attnopt.passes.analyze.lift import Layout
+from attnopt.passes.analyze.naming import named_layout
 from attnopt.passes.analyze.provenance import Analysis, Finding
-from attnopt.passes.canonical import Canonical, Tensor
-from attnopt.passes.recognize.axes import length, product, resolve, settle
+from attnopt.passes.analyze.windows import read_moves
+from attnopt.passes.canonical import Canonical
+from attnopt.passes.recognize.axes import product, resolve, same_length
 from attnopt.rules import Decline
 
 #: A finite fill this low underflows to a weight of zero beside any kept key.
@@ -37,14 +34,21 @@ class Facts:
     words: dict[str, str] = field(default_factory=dict)
     gained: list[str] = field(default_factory=list)
     taken: set[str] = field(default_factory=set)
+    #: operands that are carried and only hide keys, by role or because that was proven
+    hiding: set[str] = field(default_factory=set)
     mask: Mask = ALL
-    #: the part of the mask that was proven, without selections by an operand
+    #: the part of the mask that was proven, without selections by an operand, and words for it
     proven: Mask = ALL
+    phrases: list[str] = field(default_factory=list)
 
 
 def analyze(analysis: Analysis, canonical: Canonical) -> tuple[Canonical, Facts]:
     """Move what is proven from the logits into the mask."""
-    facts = Facts(mask=canonical.spec.mask, proven=canonical.spec.mask)
+    given = canonical.spec.mask
+    facts = Facts(mask=given, proven=given, phrases=[] if given is ALL else [given.describe()])
+    moved = read_moves(analysis, canonical)
+    if moved is not None:
+        facts.phrases.insert(0, moved.text)
     if canonical.spec.normalizer != "softmax":
         for slot in canonical.operands:
             _describe(analysis, canonical, slot, facts)
@@ -183,15 +187,25 @@ def _usable(analysis: Analysis, canonical: Canonical, facts: Facts, found: Findi
     alone = all(parts <= {"parameter", "activation"} for parts in others)
     low = sum(_selection(n) is not None for n in canonical.spec.logits.walk())
     return (found.rows_kept and (fill is None or fill <= LOW) and alone and low <= selections
-            and (facts.mask & found.mask).row_always_kept())
+            and (facts.mask is ALL or (facts.mask & found.mask).row_always_kept(
+                _rows_within_keys(canonical))))
+
+
+def _rows_within_keys(canonical: Canonical) -> bool:
+    """Are there never more rows than keys?"""
+    rows, keys = (product(resolve(axes)) for axes in (canonical.site.rows, canonical.site.keys))
+    both_known = isinstance(rows, int) and isinstance(keys, int)
+    return bool(rows <= keys) if both_known else same_length(rows, keys)
 
 
 def _take(found: Finding, slot: str, facts: Facts) -> None:
     assert found.mask is not None
     facts.mask, facts.proven = facts.mask & found.mask, facts.proven & found.mask
     facts.guards.update(found.guards)
-    facts.gained.append("a mask that keeps everything" if found.mask is ALL
-                        else f"a {found.mask.describe()} mask")
+    text = found.text or found.mask.describe()
+    facts.gained.append("a mask that keeps everything" if found.mask is ALL else f"a {text} mask")
+    if found.mask is not ALL:
+        facts.phrases.append(text)
     facts.taken.add(slot)
 
 
@@ -209,58 +223,17 @@ def _find(analysis: Analysis, canonical: Canonical, slot: str, role: str,
         return None
     finding = analysis.operand(tensor.node, named[0], role, named[1])
     if finding.mask is not None and facts.words[slot]:
-        facts.words[slot] += f": {finding.mask.describe()}"
+        if not finding.rest:
+            facts.hiding.add(slot)
+        facts.words[slot] += f": {finding.text or finding.mask.describe()}"
     return finding
-
-
-def named_layout(canonical: Canonical, tensor: Tensor) -> tuple[Layout, dict[str, Any]] | None:
-    """The layout of an operand by names of score axes, and the lengths of all of them; None where
-    a dimension or a length has no name."""
-    names = (*leading_axes(len(canonical.result) - 2), "q", "k")
-    target = [resolve(dim) for dim in tensor.target]
-    known = _symbolic_lengths(canonical)
-    lengths: dict[str, Any] = {}
-    for name, dim in zip(names, target, strict=True):
-        size = product(dim)
-        if not isinstance(size, int) and size not in known:
-            return None
-        lengths[name] = size if isinstance(size, int) else known[size]
-    layout: list[Any] = []
-    for dim in settle(tensor.layout):
-        entry = _named(dim, target, names)
-        if entry is False:
-            return None
-        layout.append(entry)
-    return tuple(layout), lengths
-
-
-def _symbolic_lengths(canonical: Canonical) -> dict[Any, torch.SymInt]:
-    """Symbolic lengths that are a whole dimension of some operand, as torch has them."""
-    return {length(s): s for t in canonical.tensors for s in t.node.meta["val"].shape
-            if isinstance(s, torch.SymInt)}
-
-
-def _named(dim: tuple[Any, ...], target: list[tuple[Any, ...]], names: tuple[str, ...]) -> Any:
-    """None for length 1, an axis name, or several for a row-major product; False if cut."""
-    if not dim:
-        return None
-    found: list[str] = []
-    rest = list(dim)
-    while rest:
-        for name, axes in zip(names, target, strict=True):
-            if axes and tuple(rest[: len(axes)]) == axes:
-                found.append(name)
-                del rest[: len(axes)]
-                break
-        else:
-            return False
-    return found[0] if len(found) == 1 else tuple(found)
 
 
 def words(facts: Facts, roles: Mapping[str, str]) -> tuple[str, str]:
     """(mask, bias) as short texts for the report."""
     carried = {s: w for s, w in facts.words.items() if w and s not in facts.taken}
-    masks = [] if facts.proven is ALL else [facts.proven.describe()]
-    masks += [w for s, w in carried.items() if roles.get(s) == "mask"]
-    biases = [w for s, w in carried.items() if roles.get(s) not in ("mask", None)]
+    masks = list(facts.phrases)
+    hiding = facts.hiding | {s for s in carried if roles.get(s) == "mask"}
+    masks += [w for s, w in carried.items() if s in hiding]
+    biases = [w for s, w in carried.items() if s not in hiding and roles.get(s) is not None]
     return " & ".join(dict.fromkeys(masks)), " + ".join(dict.fromkeys(biases))

@@ -75,10 +75,17 @@ def _logits_over(program: Program, node: fx.Node, layout: Layout, outer: Reader,
     e = row_free(reader.read(node, layout), reader.markers)
     if not e.has("score") and e not in reader.mixes:
         raise Decline("the scores do not reach the softmax", main)
+    if not _is_valued(e) and e not in reader.mixes:
+        raise Decline("the scores only choose which keys there are", main)
     reader.interior += raw.inner
     query_and_key(raw, outer.keys)
     outer.operands.update(reader.operands)
     return raw, reader, e
+
+
+def _is_valued(e: Expr) -> bool:
+    """Is the score a term of `e`, rather than a part of conditions only?"""
+    return e.op == "score" or any(a.dtype == E.FLOAT and _is_valued(a) for a in e.args)
 
 
 def _key_only(program: Program, node: fx.Node, layout: Layout, outer: Reader,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnopt import kernels
 from attnopt.ir.spec import Schedule
-from attnopt.passes.rules.cost import pays
+from attnopt.passes.rules.cost import local, pays
 from attnopt.rules import Decline, Match, Region, Rule
 
 
@@ -15,7 +15,8 @@ class RowBlocks(Rule):
     def match(self, region: Region) -> Match:
         if "aten" not in region.lowerings:
             raise Decline("backend leaves out aten")
-        if region.authored == "sdpa":
+        local(region)
+        if region.authored == "sdpa" and not region.approximate:
             raise Decline("the author's own fused call, nothing to add")
         if region.training:
             raise Decline("in training the composition is what its gradient needs")

@@ -10,6 +10,7 @@ operations are slow on a CPU, it wins at every size that was measured.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +21,12 @@ from attnopt.rules import Decline, Region
 
 #: scores (leading axes * Q * K) from which a rewrite pays on a CPU in float32 and float64
 FEWEST_SCORES = 32_768
+#: nanoseconds per element of K and V that a local attention copies: for a single query each, with
+#: all that is done to it (measured 5.7 for a gather to 19 for F.unfold, head_dim 32, 7x7, on a CPU,
+#: one thread, float32; on a GPU some six passes of 4 bytes), and for a block of queries
+COPIED = {"cpu": (5.0, 1.0), "cuda": (0.01, 0.004)}
+#: elements of an operand whose values are looked at to count the tiles that it hides
+LARGEST_TABLE = 1 << 20
 #: take what a rule can take, whether it pays or not: for tests
 TAKE_ALL = False
 
@@ -28,6 +35,8 @@ def pays(region: Region) -> None:
     """Decline a region of known lengths that is too small; unknown lengths are taken to be large.
     """
     lengths = region.lengths[:-2]
+    if region.approximate:
+        return
     if region.device != "cpu" or not all(isinstance(n, int) for n in lengths):
         return
     if any(d in (torch.float16, torch.bfloat16) for d in region.dtypes):
@@ -42,8 +51,9 @@ def problem_of(region: Region, spec: Spec | None = None) -> kernels.Problem:
     """A region, with another form of its Spec if given, as the cost model takes it; lengths that
     are not known are those of the example."""
     query, key, value = region.shapes
+    tables = {slot: t for slot, t in region.tables.items() if t.numel() <= LARGEST_TABLE}
     return kernels.Problem(spec or region.spec, query, key, value, region.dtypes[0],
-                           region.training, device=region.device)
+                           region.training, device=region.device, tables=kernels.Tables(tables))
 
 
 def construction(region: Region) -> float:
@@ -52,3 +62,31 @@ def construction(region: Region) -> float:
     each, fresh = (plain.COEFFICIENTS[name] for name in ("dense.pass", "dense.far"))
     total = sum(n * (each + (fresh if 4 * n >= plain.FRESH else 0.0)) for n in region.saved)
     return 1e-9 * total / torch.get_num_threads()
+
+
+def original(region: Region, problem: kernels.Problem) -> float:
+    """Predicted seconds of the author's own code, without what `construction` counts.
+
+    A local attention is bound by the keys and values that it copies; where a block of queries
+    shares them, a dense composition over every block comes on top.
+    """
+    if region.copies is None:
+        return kernels.original(problem, region.authored)
+    (*lead, queries, dim), _, value = region.shapes
+    blocks, keys = region.copies
+    rows = queries // blocks
+    alone, shared = COPIED.get(region.device, COPIED["cuda"])
+    copied = math.prod(lead) * blocks * keys * (dim + value[-1])
+    threads = torch.get_num_threads() if region.device == "cpu" else 1
+    seconds = 1e-9 * (alone if rows == 1 else shared) * copied / threads
+    if rows == 1:
+        return seconds
+    whole = replace(problem, query=(*lead, blocks, rows, dim), key=(*lead, blocks, keys, dim),
+                    value=(*lead, blocks, keys, value[-1]))
+    return seconds + kernels.original(whole, region.authored)
+
+
+def local(region: Region) -> None:
+    """Decline a local attention: over all its tokens a dense composition does far more work."""
+    if region.copies is not None:
+        raise Decline("a local attention: nothing but a kernel that skips does less work")

@@ -25,17 +25,18 @@ class Generated(Rule):
         spec, best, seconds = self.form(region, lowering)
         problem = cost.problem_of(region)
         made = cost.construction(region)
-        others = [kernels.original(problem, region.authored) + made]
-        if "aten" in region.lowerings:
+        others = [cost.original(region, problem) + made]
+        if "aten" in region.lowerings and region.copies is None:
             other = kernels.estimates(problem, (kernels.aten_lowering(
                 region.spec, region.dtypes[0], region.training),)).best
             if other is not None:
                 others.append(other.seconds + made)
         verdict = kernels.worth(min(others), seconds)
-        if not verdict.pays and not cost.TAKE_ALL:
+        if not verdict.pays and not cost.TAKE_ALL and not region.approximate:
             raise Decline(verdict.text)
         tile = best.candidate.tile if region.fixed else ()
-        return Match(spec, Schedule(lowering, tuple(tile)), others[0] / seconds)
+        # Of unknown lengths, the tile is chosen again at each call.
+        return Match(spec, Schedule(best.candidate.lowering, tuple(tile)), others[0] / seconds)
 
     def form(self, region: Region, lowering: str) -> tuple[Spec, Estimate, float]:
         """The form of the Spec that the kernel computes, its best tile, and the seconds that it

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from attnopt import kernels
 from attnopt.ir.spec import Schedule
-from attnopt.passes.rules.cost import pays
+from attnopt.passes.rules.cost import local, pays
 from attnopt.rules import Decline, Match, Region, Rule
 
 
@@ -20,6 +20,7 @@ class FusedSoftmax(Rule):
     def match(self, region: Region) -> Match:
         if "aten" not in region.lowerings:
             raise Decline("backend leaves out aten")
+        local(region)
         if region.authored == "sdpa" and not region.gained:
             raise Decline("the author's own fused call, nothing to add")
         reasons = kernels.reasons(

@@ -355,11 +355,6 @@ def test_padding_combined_with_causal_is_a_predicate_with_a_vector(compiled: Non
 
 
 # -- what stays a load ----------------------------------------------------------------------------
-def buckets(s, q, k, v):
-    far = distance(q, k).abs().clamp(max=31)
-    return soft(q @ k.mT / 8 + s.table(far).permute(2, 0, 1)) @ v
-
-
 def in_bfloat16(s, q, k, v):
     bias = s.slopes.bfloat16()[:, None, None] * -distance(q, k).abs()
     return soft(q @ k.mT / 8 + bias) @ v
@@ -405,7 +400,7 @@ def without_gradients(s, q, k, v):
     return soft(q @ k.mT / 8 + bias) @ v
 
 
-DENSE = [buckets, in_bfloat16, rounded_to_bfloat16, in_float64, beyond_float32, of_the_data,
+DENSE = [in_bfloat16, rounded_to_bfloat16, in_float64, beyond_float32, of_the_data,
          by_a_rounded_choice, too_much, detached, without_gradients]
 
 

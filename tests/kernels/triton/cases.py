@@ -27,6 +27,7 @@ from attnopt.ir.mask import (
 from attnopt.ir.spec import Operand, Spec
 from attnopt.kernels.reference import reference
 from attnopt.kernels.triton.attention import Attention
+from attnopt.kernels.triton.boxes import Boxes
 from attnopt.kernels.triton.launch import run_forward
 from attnopt.kernels.triton.problem import describe
 from attnopt.kernels.triton.tiles import Tile
@@ -84,7 +85,7 @@ MORE = {
     "channels": Spec(logits=SCALED, output=E.out * E.load("channel"),
                      operands=(Operand("channel", ("d",), role="gate"),)),
 }
-LEFT_OUT = ("distance", "additive", "talking heads")
+LEFT_OUT = ("distance", "additive", "talking heads", "bias of heads")
 #: by name, all that the kernels compute
 CASES = {name: spec for name, spec in PLAIN.items() if name not in LEFT_OUT} | MORE
 
@@ -127,14 +128,15 @@ class Shape:
 
 
 def check_forward(spec: Spec, inputs: Sequence[Tensor], operands: Sequence[Tensor] = (),
-                  tile: Tile = TILE, descriptors: bool | None = None) -> Tensor:
+                  tile: Tile = TILE, descriptors: bool | None = None,
+                  boxes: Boxes | None = None) -> Tensor:
     """One forward against float64: the output, and the log-sum-exp of rows that have one."""
     on_cpu = [t.cpu() for t in inputs], [t.cpu() for t in operands]
     exact, lse = reference(spec)(*doubled(on_cpu[0]), doubled(on_cpu[1]), with_lse=True)
     composed = reference(spec)(*on_cpu[0], on_cpu[1]).to(inputs[0].dtype)
     problem = describe(spec, *inputs, operands, lse=True)
     assert not isinstance(problem, str), problem
-    found, found_lse = run_forward(spec, problem, tile, descriptors)
+    found, found_lse = run_forward(spec, problem, tile, descriptors, boxes)
     assert found.shape == exact.shape and found.dtype == inputs[0].dtype
     close(found.cpu(), exact, composed)
     assert found_lse is not None

@@ -9,10 +9,13 @@ from attnopt.ir.spec import Spec
 
 triton = pytest.importorskip("triton")
 
+from attnopt.kernels.triton.boxes import boxes_of  # noqa: E402
 from attnopt.kernels.triton.budget import (  # noqa: E402
     CONFIGS,
+    LISTS,
     SLACK,
     SPECS,
+    TOKENS,
     measure,
     recorded,
     version,
@@ -31,7 +34,7 @@ from attnopt.kernels.triton.tiles import (  # noqa: E402
     gradient_tile,
 )
 
-QUICK = ("sm_90 forward causal 128", "sm_80 forward causal 64")
+QUICK = ("sm_90 forward causal 128", "sm_80 forward causal 64", "sm_90 forward video 128")
 
 
 def fits(found: Resources, target: str) -> None:
@@ -69,6 +72,30 @@ def test_head_dims(target: str, head_dim: int, dtype: str) -> None:
     size = 4 if dtype == "float32" else 2
     tile = default(target, head_dim, head_dim, size)
     fits(forward_resources(SPECS["causal"], tile, target, head_dim, dtype=dtype), target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim, name", (
+    (32, "documents"), (32, "image"), (32, "video"), (256, "documents"), (256, "image")))
+@pytest.mark.parametrize("target", TARGETS)
+def test_head_dims_over_lists(target: str, name: str, head_dim: int) -> None:
+    tile, tokens = default(target, head_dim, head_dim, listed=True), TOKENS.get(name)
+    boxes = boxes_of(SPECS[name].mask, tokens, tokens, tile.rows, tile.keys) if tokens else None
+    assert (boxes is not None) == (name in TOKENS)
+    fits(forward_resources(SPECS[name], tile, target, head_dim, lists=LISTS[name], boxes=boxes),
+         target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ("grad_query", "grad_key"))
+@pytest.mark.parametrize("name", ("image", "video"))
+@pytest.mark.parametrize("target", TARGETS)
+def test_backward_over_boxes(target: str, name: str, kernel: str) -> None:
+    tile = gradient_tile(target, 64, 64, 2, kernel.removeprefix("grad_"))
+    boxes = boxes_of(SPECS[name].mask, TOKENS[name], TOKENS[name], tile.rows, tile.keys)
+    found = backward_resources(SPECS[name], kernel, tile, target, 64, lists=(), boxes=boxes)
+    fits(found, target)
+    assert (found.tma > 0) == architecture(target).tma
 
 
 @pytest.mark.slow

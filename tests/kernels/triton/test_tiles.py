@@ -29,6 +29,9 @@ def test_every_device_has_tiles_for_every_width() -> None:
             assert shared_bytes(tile, width, width, 2) <= architecture(name).shared
             assert len(candidates(name, width, width)) >= (12 if width <= 128 else 4)
             assert candidates(name, width, width)[0] == tile
+            listed = default(name, width, width, listed=True)
+            assert shared_bytes(listed, width, width, 2) <= architecture(name).shared
+            assert listed.rows * listed.keys <= tile.rows * tile.keys
 
 
 def test_candidates_are_legal_and_differ() -> None:

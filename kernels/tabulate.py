@@ -1,0 +1,125 @@
+"""Tables of an expression at points: what a kernel looks up instead of a tensor of all scores.
+
+A bias that depends on query and key through a few whole numbers takes few values: T5's buckets of
+k - q, Swin's and BEiT's places in a table of relative positions. The op
+
+    tabulate(Tensor[] tensors, SymInt[] lengths, str text) -> Tensor      (*lead, points)
+
+evaluates the author's own expression of it, once per call, at one pair (q, k) for each of those
+values; `Points` is what the text says. It is a composition of ATen, so that a table that is a
+parameter keeps its gradient. The op
+
+    literal(Tensor[] tensors, SymInt[] lengths, str text) -> Tensor       int32
+
+gives whole numbers that an analysis found in constants, on the device of the tensors.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import sys
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.ir import expr as E
+from attnopt.ir.evaluate import Env, evaluate
+from attnopt.ir.spec import leading_axes
+
+_library = torch.library.Library("attnopt", "FRAGMENT")
+_library.define("tabulate(Tensor[] tensors, SymInt[] lengths, str text) -> Tensor",
+                tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("literal(Tensor[] tensors, SymInt[] lengths, str text) -> Tensor",
+                tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@dataclass(frozen=True)
+class Points:
+    """An expression at points.
+
+    expr:   Expr of leading axes and of k, which counts the points; #q and #k are the lengths of the
+            scores
+    count:  int Expr of lengths: the number of points
+    slots:  names of the tensors in `expr`
+    axes:   names of the lengths
+    lead:   leading axes of the result, in tensor order
+    exact:  the result has the dtype of the tensor; otherwise arithmetic is float32
+    """
+
+    expr: str
+    count: str
+    slots: tuple[str, ...]
+    axes: tuple[str, ...]
+    lead: tuple[str, ...]
+    exact: bool
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def parse(text: str) -> Points:
+        body = json.loads(text)
+        tuples = {name: tuple(body[name]) for name in ("slots", "axes", "lead")}
+        return Points(**{**body, **tuples})
+
+
+def tabulate(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Tensor:
+    """The table (*lead, points) that `Points` in `text` describe."""
+    points = Points.parse(text)
+    operands = dict(zip(points.slots, tensors, strict=True))
+    sizes = dict(zip(points.axes, lengths, strict=True))
+    device = tensors[0].device
+    if not points.exact:
+        operands = {s: t.float() if t.is_floating_point() else t for s, t in operands.items()}
+    count: Any = evaluate(E.parse(points.count), Env((1, 1), sizes=sizes))
+    names = leading_axes(_rank(points.lead))
+    full = [sizes[a] if a in points.lead else 1 for a in names]
+    env = Env((*full, 1, count), operands, sizes=sizes, device=device)
+    found = torch.as_tensor(evaluate(E.parse(points.expr), env), device=device)
+    shape = [sizes[a] for a in points.lead]
+    return found.expand(*full, 1, count).reshape(*shape, count).contiguous()
+
+
+def _rank(lead: Sequence[str]) -> int:
+    """The number of leading axes that hold all of these."""
+    places = {"h": 1, "b": 2}
+    return max((places.get(a) or 2 + int(a[1:]) for a in lead), default=0)
+
+
+def literal_text(numbers: Tensor) -> str:
+    """The text of whole numbers of 32 bits."""
+    flat = numbers.to("cpu", torch.int32).contiguous()
+    packed = zlib.compress(flat.numpy().astype("<i4").tobytes(), 9)
+    return json.dumps([list(flat.shape), base64.b64encode(packed).decode()])
+
+
+def literal(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Tensor:
+    """The numbers that `literal_text` wrote."""
+    return _numbers(text).to(tensors[0].device, copy=True)
+
+
+def _fake_literal(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Tensor:
+    return tensors[0].new_empty(json.loads(text)[0], dtype=torch.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(text: str) -> Tensor:
+    shape, packed = json.loads(text)
+    numbers = array("i", zlib.decompress(base64.b64decode(packed)))
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.int32, device="cpu").view(shape)
+
+
+_library.impl("literal", literal, "CompositeExplicitAutograd")
+torch.library.register_fake("attnopt::literal", _fake_literal, lib=_library)
+_library.impl("tabulate", tabulate, "CompositeImplicitAutograd")

@@ -1,0 +1,91 @@
+"""Lifting of biases that are no index arithmetic: constants stay loads, grids have coordinates.
+
+`FloatLifter` gives up where nothing but values says what a tensor along queries and keys is.
+`BiasLifter` leaves a load of such a tensor in the expression if it depends on no input or is small
+(a table that a network makes), so that what is around it is still read. The passes that look at
+values (`attnopt.passes.analyze.bias_tables`, `bias_regions`) take it then; what they leave is
+refused with the whole operand.
+
+`grid_layout` names the dimensions of an operand that follow a part of an axis: the rows and columns
+of image tokens, q // W and q % W.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.ir import expr as E
+from attnopt.ir.expr import Expr
+from attnopt.passes.analyze.lift import Index, Layout, Unliftable, hint
+from attnopt.passes.analyze.lift_floats import FloatLifter
+from attnopt.passes.analyze.structure import named_layout
+from attnopt.passes.canonical import Canonical, Tensor
+from attnopt.passes.recognize.axes import Axis, product, resolve, settle
+
+_BOTH = frozenset("qk")
+
+
+class BiasLifter(FloatLifter):
+    """A FloatLifter that loads what is constant where it cannot be read."""
+
+    def _element(self, node: fx.Node, idx: Index) -> Expr:
+        try:
+            return super()._element(node, idx)
+        except Unliftable:
+            along = frozenset().union(*(i.indices for i in idx))
+            if not _BOTH <= along or any(
+                    isinstance(n, torch.SymInt) for n in node.meta["val"].shape):
+                raise
+            if self.values.sources(node) is None and not self._small(node, along):
+                raise
+            return self.load(node, idx)
+
+    def _small(self, node: fx.Node, along: frozenset[str]) -> bool:
+        """Has the tensor fewer entries than there are scores that look at it?"""
+        try:
+            scores = math.prod(hint(self.axis_lengths[a]) for a in along)
+        except (Unliftable, KeyError):
+            return False
+        return 2 * node.meta["val"].numel() <= scores
+
+
+def grid_layout(canonical: Canonical, tensor: Tensor) -> tuple[Layout, dict[str, Any]] | None:
+    """As `named_layout`, with int Exprs for dimensions that follow a part of an axis of known
+    length."""
+    plain = named_layout(canonical, tensor)
+    if plain is not None:
+        return plain
+    whole = named_layout(canonical, Tensor(tensor.node, (), tensor.target))
+    if whole is None:
+        return None
+    lengths = whole[1]
+    target = dict(zip(lengths, map(resolve, tensor.target), strict=True))
+    found: list[Any] = []
+    for dim in settle(tensor.layout):
+        if not all(isinstance(a.size, int) for a in dim):
+            return None
+        total = E.const(0)
+        for axis in dim:
+            place = _place(axis, target)
+            if place is None:
+                return None
+            total = total * axis.size + place
+        found.append(total if dim else None)
+    return tuple(found), lengths
+
+
+def _place(axis: Axis, target: dict[str, tuple[Axis, ...]]) -> Expr | None:
+    """The index along one axis in terms of the axis that it is a part of."""
+    for name, parts in target.items():
+        if axis in parts:
+            at = parts.index(axis)
+            inner = product(parts[at + 1 :])
+            if not isinstance(inner, int):
+                return None
+            place = E.index(name) // inner
+            return place if at == 0 else place % axis.size
+    return None
