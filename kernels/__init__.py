@@ -9,6 +9,7 @@
     attend_rows(spec, …, rows)  attention of the listed query rows, 0 elsewhere
     lifetimes                   for which rows each key is among the best of those before
     block_maps                  which blocks of keys an approximation keeps
+    tabulate                    a bias as a table of the places that rows and keys look up
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from attnopt.cost.choose import worth
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.kernels import block_maps, cpp, lifetimes, ops, triton
+from attnopt.kernels import block_maps, cpp, lifetimes, ops, tabulate, triton
 from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
 from attnopt.kernels.aten.sdpa import reasons as not_fused
@@ -33,7 +34,7 @@ from attnopt.kernels.row_lists import attend_rows
 
 __all__ = ["Problem", "Tables", "aten_lowering", "attend_rows", "block_maps", "estimates",
            "lifetimes", "merge", "missing", "ops", "original", "prepare", "reasons", "reference",
-           "worth"]
+           "tabulate", "worth"]
 
 
 def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),

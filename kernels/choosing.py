@@ -31,13 +31,13 @@ from attnopt.environment import processor
 from attnopt.errors import AttnOptError
 from attnopt.ir import expr as E
 from attnopt.ir.halos import grid_of
-from attnopt.ir.mask import Causal, Mask
+from attnopt.ir.mask import Band, Causal, Mask, Neighborhood, Windows
 from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels import cache
 from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
 from attnopt.kernels.cpp import stencil
-from attnopt.kernels.cpp.grid_windows import windows_of
+from attnopt.kernels.cpp.grid_windows import window_grid, windows_of
 from attnopt.kernels.cpp.isa import isa
 from attnopt.kernels.triton import tiles as triton_tiles
 from attnopt.kernels.triton.boxes import boxes_of
@@ -177,11 +177,14 @@ def candidates(problem: Problem, lowering: str, few: bool) -> list[Candidate]:
 
 def _stencils(problem: Problem) -> list[Candidate]:
     """The stencil, where the mask is a window on a grid; its own model knows its time."""
-    lengths = problem.query[-2], problem.key[-2]
+    lengths, mask = (problem.query[-2], problem.key[-2]), problem.spec.mask
     cpu = device(problem.device)
-    if problem.grads or stencil.reasons(problem.spec, (problem.dtype,), "cpu", lengths):
+    if problem.grads or len(window_grid(mask, lengths[0])) < 2 and not any(
+            isinstance(m, Neighborhood | Windows | Band) for m in mask.walk()):
+        return []  # a triangle, say: its windows are no small ones, and dear to look at
+    if stencil.reasons(problem.spec, (problem.dtype,), "cpu", lengths):
         return []
-    windows = windows_of(problem.spec.mask, lengths[0])
+    windows = windows_of(mask, lengths[0])
     assert isinstance(cpu, Cpu) and not isinstance(windows, str)
     tile = stencil.default_tile(windows, isa())
     seconds = stencil_cost.seconds(cpu, problem.work, stencil.grid_of(windows, tile),

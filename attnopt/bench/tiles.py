@@ -175,8 +175,9 @@ def _on_gpu(shape: Shape, rounds: int, most: int | None, facts: Any) -> dict[str
 
 
 def _predicted(choice: Choice, most: int | None) -> dict[tuple[int, ...], float]:
-    """Predicted seconds of the legal tiles, the chosen one first."""
-    found = {e.candidate.tile: e.seconds for e in choice.table if not e.reason}
+    """Predicted seconds of the legal tiles of the tiled kernel, the chosen one first."""
+    found = {e.candidate.tile: e.seconds for e in choice.table
+             if not e.reason and e.candidate.seconds is None}
     return dict(list(found.items())[:most])
 
 

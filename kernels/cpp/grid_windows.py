@@ -104,6 +104,12 @@ def grid_of(mask: Mask, tokens: int) -> tuple[int, ...] | str:
     return grid
 
 
+def window_grid(mask: Mask, tokens: int) -> tuple[int, ...]:
+    """The same, () where there is none."""
+    grid = grid_of(mask, tokens)
+    return () if isinstance(grid, str) else grid
+
+
 def lengths_of(length: tuple[int | None, ...], tokens: int) -> tuple[int, ...]:
     inside = math.prod(n for n in length[1:] if n is not None)
     first = tokens // inside if length[0] is None else length[0]

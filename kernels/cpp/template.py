@@ -45,7 +45,8 @@ class Tile:
     @staticmethod
     def of(numbers: Sequence[int]) -> Tile:
         """The tile of a Schedule: (rows, keys, block rows, block vectors, *box)."""
-        return Tile(*numbers[:4], box=tuple(numbers[4:]))
+        rows, keys, block_rows, block_vectors, *box = numbers
+        return Tile(rows, keys, block_rows, block_vectors, tuple(box))
 
     @property
     def aligned(self) -> Tile:

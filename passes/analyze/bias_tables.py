@@ -26,13 +26,13 @@ from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask_base import K, Q
 from attnopt.ir.spec import Operand
-from attnopt.kernels.tabulate import Points, literal_text
+from attnopt.kernels import tabulate
 from attnopt.passes.analyze.bias_regions import Region, evaluated, region_of
 from attnopt.passes.analyze.bias_strips import Strip, dimensions, strip_of
 from attnopt.passes.analyze.by_value import Values
 from attnopt.passes.analyze.inline_operands import Operands
 from attnopt.passes.analyze.lift import Lifter
-from attnopt.passes.canonical import Recipe
+from attnopt.passes.canonical import Recipe, Target
 from attnopt.passes.canonical import Tensor as Brought
 from attnopt.passes.normalize import is_tensor
 from attnopt.passes.recognize.axes import Axis, product, resolve
@@ -306,18 +306,18 @@ def _points(operands: Operands, table: Tabulated) -> Brought:
     count = rows + keys - 1 if table.points.rows == 1 and not table.points.extra \
         else table.points.count.value
     pair = dict(zip((Q, K), table.points.pair(K), strict=True))
-    text = Points(str(table.expr.replace(pair)), str(table.points.count), table.names, axes,
-                  table.lead, table.exact)
+    text = tabulate.Points(str(table.expr.replace(pair)), str(table.points.count), table.names,
+                           axes, table.lead, table.exact)
     dtype = table.loads[0].meta["val"].dtype if table.exact else torch.float32
     recipe = Recipe(torch.ops.attnopt.tabulate.default, tuple(given),
                     tuple(place[a] for a in axes), str(text), dtype)
-    own = (*(place[a] for a in table.lead), (Axis(count),))
-    return Brought(table.loads[0], own, own, recipe)
+    target: Target = (*(place[a] for a in table.lead), (Axis(count),))
+    return Brought(table.loads[0], target, target, recipe)
 
 
 def _regions(operands: Operands, found: Region) -> Brought:
     """The regions as a tensor (*lead, tokens) of the rewritten graph."""
     own = tuple((Axis(n),) for n in found.ids.shape)
     recipe = Recipe(torch.ops.attnopt.literal.default, (operands.canonical.query,), (),
-                    literal_text(found.ids), torch.int32)
+                    tabulate.literal_text(found.ids), torch.int32)
     return Brought(found.node, own, own, recipe)

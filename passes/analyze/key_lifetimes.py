@@ -82,7 +82,8 @@ def _piece(node: Any, number: int) -> tuple[fx.Node, int, str, bool] | None:
     if not isinstance(top, fx.Node) or op_name(top) != "topk" or top.kwargs:
         return None
     source, count, *rest = top.args
-    dim, largest, ordered = (*rest, *(-1, True, True)[len(rest):])
+    rest = [*rest, *[-1, True, True][len(rest):]]
+    dim, largest, ordered = rest
     if not isinstance(count, int) or count < 1 or largest is not True \
             or dim not in (-1, _rank(source) - 1):  # type: ignore[arg-type]
         return None

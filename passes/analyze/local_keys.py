@@ -169,8 +169,8 @@ class _Attempt:
                 for a in axes:
                     if self.space.varies(x) != {a} or not isinstance(a.size, int):
                         continue
-                    line = x.reshape(-1)
-                    line = (line - line[0]).tolist()
+                    flat = x.reshape(-1)
+                    line = (flat - flat[0]).tolist()
                     m = next((i for i, v in enumerate(line) if v != line[0]), 1)
                     wrap = next((i for i in range(1, len(line)) if line[i] == line[0]), 1)
                     for part in (m, wrap):

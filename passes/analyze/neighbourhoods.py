@@ -210,7 +210,7 @@ def _windows(runs: Sequence[Runs], lengths: tuple[int, ...]) -> GridMask | None:
     widths = [width_of(r) for r in runs]
     if None in widths:
         return None
-    mask = Windows(tuple(w for w in widths if w is not None), _lengths(lengths))
+    mask = Windows(tuple(E.const(w) for w in widths if w is not None), _lengths(lengths))
     return GridMask(mask, mask.describe() + _of(lengths))
 
 

@@ -74,8 +74,8 @@ class Structure:
                 if run.low is None and run.high == 0:
                     return Causal()
                 low, high = run.low, run.high
-                return Band(-run.length if low is None else low,
-                            run.length if high is None else high)
+                return Band(E.const(-run.length if low is None else low),
+                            E.const(run.length if high is None else high))
         keep = E.TRUE
         for i, j, run in self.coordinates():
             keep = keep & run.keeps(i if i is not None else E.const(0), j)

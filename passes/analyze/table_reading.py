@@ -45,9 +45,9 @@ def read(table: Table, inside: bool = False) -> GridMask | None:
         return None
     runs = runs_of(table)
     if runs is not None:
-        for found in _by_runs(runs, table.keys):
-            if table.equals(found.mask):
-                return found
+        for named in _by_runs(runs, table.keys):
+            if table.equals(named.mask):
+                return named
     found = read_grid(table) if table.queries == table.keys else None
     if found is None:
         found = _sinks(table)

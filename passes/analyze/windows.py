@@ -74,9 +74,10 @@ class Partition:
 
     def mask(self, inside: Mask | None = None) -> Mask:
         """Over the tokens of the map; `inside` is a mask over the shifted order besides."""
-        boxes: Mask = Windows(self.window, self.length if len(self.length) > 1 else (None,)) \
-            if set(self.step) == {1} else Neighborhood(
-                self.window, dilation=self.step, length=self.length)
+        boxes: Mask = Neighborhood(self.window, dilation=self.step, length=self.length)
+        if set(self.step) == {1}:
+            boxes = Windows(tuple(map(E.const, self.window)),
+                            self.length if len(self.length) > 1 else (None,))
         boxes = boxes if inside is None else boxes & inside
         return Reindex(self.order(), boxes) if any(self.shift) else boxes
 

@@ -14,7 +14,7 @@ import logging
 import random
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -260,12 +260,23 @@ class Tally:
         return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def _only_errors(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def fuzz(indices: Sequence[int], seed: int, tally: Tally | None = None) -> Tally:
     """Runs the programs of the given indices."""
     tally = tally or Tally()
-    for name in ("attnopt", "torch._export", "torch.fx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _only_errors("attnopt", "torch._export", "torch.fx"):
         warnings.simplefilter("ignore")
         for index in indices:
             try:

@@ -100,9 +100,11 @@ def test_the_model_chooses_boxes() -> None:
     spec = Spec(logits=s, mask=Neighborhood((7, 7), length=(56, 56)))
     shape = (1, 4, 3136, 32)
     problem = Problem(spec, shape, shape, shape, threads=1)
-    best = estimates(problem, ("cpp", "aten:sdpa")).best
-    assert best is not None and best.candidate.lowering == "cpp" and len(best.candidate.tile) == 6
-    schedule = Schedule("cpp", best.candidate.tile)
+    choice = estimates(problem, ("cpp", "aten:sdpa"))
+    assert choice.best is not None and choice.best.candidate.lowering == "cpp:stencil"
+    tiled = next(e.candidate for e in choice.table if e.candidate.lowering == "cpp")
+    assert len(tiled.tile) == 6
+    schedule = Schedule("cpp", tiled.tile)
     assert Schedule.parse(str(schedule)) == schedule
     assert all(len(t) == 4 for t in legal_tiles(
         Problem(spec, shape, shape, shape, grads=True, threads=1), False))
