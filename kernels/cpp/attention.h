@@ -61,6 +61,28 @@ template <typename R> struct Wide { typedef vf type; };
 template <> struct Wide<int32_t> { typedef vi type; };
 template <> struct Wide<bool> { typedef vi type; };
 
+// What every call begins with: lengths, the role of each leading axis, the four tensors.
+template <typename C> static void read_head(Reader& r, C& call, int32_t* roles) {
+  call.threads = (int32_t)r.word();
+  call.queries = (int32_t)r.word();
+  call.keys = (int32_t)r.word();
+  for (int a = 0; a < RANK; a++) call.length[a] = (int32_t)r.word();
+  for (int a = 0; a < RANK; a++) roles[a] = (int32_t)r.word();
+  call.q.read(r);
+  call.k.read(r);
+  call.v.read(r);
+  call.out.read(r);
+}
+
+// Heads whose keys and values, of `size` bytes, are packed together: as few as fit `budget`, but
+// `wanted` of them to occupy every thread.
+INLINE int64_t packed_together(int64_t owners, int64_t size, int64_t budget, int64_t wanted) {
+  int64_t chunk = budget / size;
+  if (chunk < wanted) chunk = wanted;
+  if (chunk > owners) chunk = owners;
+  return chunk < 1 ? 1 : chunk;
+}
+
 // An operand that broadcasts against the scores, or against the output in its epilogue.
 template <typename E> struct Operand : Matrix<E> {
   int32_t columns;  // of the whole score, where the lanes of the last vector end

@@ -251,15 +251,7 @@ static void run(const Call& call) {
 extern "C" void gradients(const int64_t* words) {
   Reader r{words};
   Call call;
-  call.threads = (int32_t)r.word();
-  call.queries = (int32_t)r.word();
-  call.keys = (int32_t)r.word();
-  for (int a = 0; a < RANK; a++) call.length[a] = (int32_t)r.word();
-  for (int a = 0; a < RANK; a++) call.role[a] = (int32_t)r.word();
-  call.q.read(r);
-  call.k.read(r);
-  call.v.read(r);
-  call.out.read(r);
+  read_head(r, call, call.role);
   call.grad.read(r);
   call.statistics.read(r);
   call.grad_q.read(r);

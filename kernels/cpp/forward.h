@@ -331,14 +331,9 @@ static void run(const Call& call) {
                         call.v.column == 1 && call.v.row == DV;
   const int64_t k_size = SCORE == KEY ? 0 : (int64_t)key_tiles * BK * DEPTH;
   const int64_t v_size = in_place ? 0 : (int64_t)key_tiles * VALUE_ROWS * DVP;
-  // Keys and values of some heads are packed together: few enough for the cache, enough of them
-  // to occupy every thread.
-  const int64_t size = 4 * (k_size + v_size) + 1, budget = 8 << 20;
-  int64_t chunk = budget / size;
-  const int64_t work = sharers * query_tiles, wanted = (4 * call.threads + work - 1) / work;
-  if (chunk < wanted) chunk = wanted;
-  if (chunk > owners) chunk = owners;
-  if (chunk < 1) chunk = 1;
+  const int64_t size = 4 * (k_size + v_size) + 1, work = sharers * query_tiles;
+  const int64_t chunk =
+      packed_together(owners, size, 8 << 20, (4 * call.threads + work - 1) / work);
   float* const packed = (float*)aligned_alloc(64, ((size_t)(chunk * size) + 127) / 64 * 64);
   float* const packed_v = packed + chunk * k_size;
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
@@ -387,15 +382,7 @@ static void run(const Call& call) {
 extern "C" void attention(const int64_t* words) {
   Reader r{words};
   Call call;
-  call.threads = (int32_t)r.word();
-  call.queries = (int32_t)r.word();
-  call.keys = (int32_t)r.word();
-  for (int a = 0; a < RANK; a++) call.length[a] = (int32_t)r.word();
-  for (int a = 0; a < RANK; a++) call.own[a] = (int32_t)r.word();
-  call.q.read(r);
-  call.k.read(r);
-  call.v.read(r);
-  call.out.read(r);
+  read_head(r, call, call.own);
   call.statistics.read(r);
   call.list_rows = r.pointer<const int32_t>();
   call.list = r.pointer<const int32_t>();

@@ -15,13 +15,6 @@ INLINE int32_t least_of_lanes(vi x) {
 }
 INLINE int32_t largest_of_lanes(vi x) { return -least_of_lanes(-x); }
 
-INLINE vf larger(vf a, vf b) {  // b where a is NaN
-#if defined(__AVX512F__)
-  if constexpr (W == 16) return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#endif
-  return a > b ? a : b;
-}
-
 // Lane i is element place[i] of the 2W elements of two vectors.
 INLINE vf select(vf a, vf b, vi place) {
 #if defined(__AVX512F__)

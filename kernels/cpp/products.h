@@ -207,10 +207,3 @@ static vf row_of(const Matrix<E>& v, const Place& place, int32_t index, int32_t 
   for (int e = 0; e < W && first + e < DV; e++) y[e] = as_float(x[(first + e) * v.column]);
   return y;
 }
-
-INLINE vf larger(vf a, vf b) {  // b where a is NaN
-#if defined(__AVX512F__)
-  if constexpr (W == 16) return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#endif
-  return a > b ? a : b;
-}

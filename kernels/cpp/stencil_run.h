@@ -146,13 +146,9 @@ static void run(Call& call) {
   const int64_t sharers = combinations(call.length, call.own, 0);
   const int64_t k_size = (int64_t)rows * call.panels * D * W;
   const int64_t v_size = (int64_t)rows * call.panels * CHANNELS * W;
-  // Some heads are packed together: few enough for the cache, enough to occupy every thread.
   const int64_t size = 4 * (k_size + v_size), tasks = (int64_t)own[Z].length * groups * blocks;
-  int64_t chunk = BUDGET / size;
-  const int64_t wanted = (8 * call.threads + tasks * sharers - 1) / (tasks * sharers);
-  if (chunk < wanted) chunk = wanted;
-  if (chunk > owners) chunk = owners;
-  if (chunk < 1) chunk = 1;
+  const int64_t chunk = packed_together(
+      owners, size, BUDGET, (8 * call.threads + tasks * sharers - 1) / (tasks * sharers));
   float* const packed = (float*)aligned_alloc(64, (size_t)(chunk * size + 63) / 64 * 64);
   float* const packed_v = packed + chunk * k_size;
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
@@ -189,15 +185,7 @@ static void run(Call& call) {
 extern "C" void stencil(const int64_t* words) {
   Reader r{words};
   Call call;
-  call.threads = (int32_t)r.word();
-  call.queries = (int32_t)r.word();
-  call.keys = (int32_t)r.word();
-  for (int a = 0; a < RANK; a++) call.length[a] = (int32_t)r.word();
-  for (int a = 0; a < RANK; a++) call.own[a] = (int32_t)r.word();
-  call.q.read(r);
-  call.k.read(r);
-  call.v.read(r);
-  call.out.read(r);
+  read_head(r, call, call.own);
   call.statistics.read(r);
   for (Axis& axis : call.axis) {
     axis.length = (int32_t)r.word();

@@ -195,6 +195,13 @@ INLINE int32_t absolute(int32_t x) { return x < 0 ? -x : x; }
 INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 INLINE vi absolute(vi x) { return x < 0 ? -x : x; }
 
+INLINE vf larger(vf a, vf b) {  // b where a is NaN
+#if defined(__AVX512F__)
+  if constexpr (W == 16) return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+  return a > b ? a : b;
+}
+
 INLINE float sign(float x) { return (float)((x > 0) - (x < 0)); }
 INLINE vf sign(vf x) { return to_float((x < 0.0f) - (x > 0.0f)); }
 INLINE float relu(float x) { return x < 0 ? 0.0f : x; }

@@ -6,7 +6,7 @@ verification, at the captured length and, where lengths may change, at another o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,12 @@ import torch
 from torch import Tensor
 
 import attnopt
-from attnopt import kernels
 from attnopt.ir.spec import Spec
-from attnopt.kernels.bind import bind
-from attnopt.kernels.cpp.toolchain import toolchain
-from attnopt.passes.rules import cost
 from tests.spellings import bias_spellings as spell
 
 B, H, N, D = 4, 3, 36, 8
 LONGER = 53
-
-
-@pytest.fixture(autouse=True)
-def _taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cost, "TAKE_ALL", True)
-    bind.cache_clear()
-    if "compiled" not in request.fixturenames:
-        monkeypatch.setattr(kernels, "prepare", lambda *_: None)
-        monkeypatch.setattr(kernels.cpp, "spec_reasons", lambda spec: ("by ATen",))
-    yield
-    bind.cache_clear()
-
-
-@pytest.fixture
-def compiled() -> None:
-    """The test runs the generated kernel."""
-    if toolchain().why_not():
-        pytest.skip(toolchain().why_not())
+pytestmark = pytest.mark.usefixtures("by_aten")
 
 
 class Program(spell.Tables):

@@ -7,7 +7,7 @@ with padding, at other lengths, and for its gradients. Most evaluate the Spec by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,37 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import attnopt
-from attnopt import kernels
 from attnopt.ir import expr as E
 from attnopt.ir.mask import BlockMap, Causal, KeyLifetime, Where
 from attnopt.ir.spec import Operand, Schedule, Spec
 from attnopt.kernels import lifetimes, living_keys
 from attnopt.kernels.bind import bind
-from attnopt.kernels.cpp.toolchain import toolchain
 from attnopt.kernels.lifetimes import Choice, key_lifetimes
-from attnopt.passes.rules import cost
 from tests.spellings.dynamic_spellings import CHOICES, SPREADS, TOP_KEYS, Blocks, TopKeys
 
 AUTO = torch.export.Dim.AUTO
 LOW = torch.finfo(torch.float32).min
-
-
-@pytest.fixture(autouse=True)
-def _taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cost, "TAKE_ALL", True)
-    bind.cache_clear()
-    if "compiled" not in request.fixturenames:
-        monkeypatch.setattr(kernels, "prepare", lambda *_: None)
-        monkeypatch.setattr(kernels.cpp, "spec_reasons", lambda spec: ("by ATen",))
-    yield
-    bind.cache_clear()
-
-
-@pytest.fixture
-def compiled() -> None:
-    """The test runs the generated kernel."""
-    if toolchain().why_not():
-        pytest.skip(toolchain().why_not())
+pytestmark = pytest.mark.usefixtures("by_aten")
 
 
 def heads(b: int, h: int, n: int, d: int = 8, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -5,7 +5,7 @@ and at another one. Most evaluate it by ATen, so that few kernels have to be com
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,34 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import attnopt
-from attnopt import kernels
 from attnopt.ir.spec import Spec
-from attnopt.kernels.bind import bind
-from attnopt.kernels.cpp.toolchain import toolchain
-from attnopt.passes.rules import cost
 
 B, H, N, D = 2, 4, 40, 8
 LONGER = 72
 AUTO = torch.export.Dim.AUTO
 SLOPES = [0.5, 0.25, 0.125, 0.0625]
-
-
-@pytest.fixture(autouse=True)
-def _taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cost, "TAKE_ALL", True)
-    bind.cache_clear()
-    if "compiled" not in request.fixturenames:
-        monkeypatch.setattr(kernels, "prepare", lambda *_: None)
-        monkeypatch.setattr(kernels.cpp, "spec_reasons", lambda spec: ("by ATen",))
-    yield
-    bind.cache_clear()
-
-
-@pytest.fixture
-def compiled() -> None:
-    """The test runs the generated kernel."""
-    if toolchain().why_not():
-        pytest.skip(toolchain().why_not())
+pytestmark = pytest.mark.usefixtures("by_aten")
 
 
 class Program(nn.Module):

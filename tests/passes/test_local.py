@@ -8,17 +8,13 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 import attnopt
-from attnopt import kernels
 from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.mask import Neighborhood
-from attnopt.kernels.bind import bind
-from attnopt.kernels.cpp.toolchain import toolchain
 from attnopt.passes.analyze.neighbours import Structure, structure
 from attnopt.passes.analyze.runs import Run
 from attnopt.passes.rules import blocks, cost, sdpa
@@ -29,25 +25,12 @@ from tests.spellings.local_spellings import NEAR, TABLE, Local
 
 
 @pytest.fixture(autouse=True)
-def _taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cost, "TAKE_ALL", True)
-    bind.cache_clear()
+def _taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, by_aten: None) -> None:
     if "compiled" not in request.fixturenames:
-        monkeypatch.setattr(kernels, "prepare", lambda *_: None)
-        monkeypatch.setattr(kernels.cpp, "spec_reasons", lambda spec: ("by ATen",))
         monkeypatch.setattr(cost, "pays", lambda region: None)
         for rule in (blocks, sdpa):
             monkeypatch.setattr(rule, "local", lambda region: None)
             monkeypatch.setattr(rule, "pays", lambda region: None)
-    yield
-    bind.cache_clear()
-
-
-@pytest.fixture
-def compiled() -> None:
-    """The test runs the generated kernel."""
-    if toolchain().why_not():
-        pytest.skip(toolchain().why_not())
 
 
 def optimized(local: Local, **options: object) -> tuple[object, object, list[torch.Tensor]]:
