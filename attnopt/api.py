@@ -51,10 +51,14 @@ def optimize(
         only: a pattern of module paths ("encoder.*") outside which nothing is rewritten.
         approximate: None, or tolerances by name: {"output": 0.1} keeps a site as it was where an
             approximation changes its result by more (root mean square over root mean square).
-        prefer: "speed", or "memory" to never materialise an N x N tensor.
+        prefer: "speed", or "memory": of all ways to compute a site the one that holds least in
+            tensors of queries x keys, even where it is slower; the report says what that costs.
         verify: compare each rewrite with the original in float64 on the example arguments.
         backend: "auto", or one or several of "aten", "cpp", "triton".
-        freeze: parameters will not change: their values may be folded.
+        freeze: what the model computes from parameters and buffers alone (an interpolated position
+            table, the bias that an MLP makes of coordinates) is computed once. A change of one of
+            them is noticed, and calls in training mode or that record gradients of parameters use
+            no frozen value.
         strict: raise if the model cannot be captured whole or any attention is left as it was.
         inplace: give the model itself the optimised forward, and return it.
 

@@ -51,7 +51,11 @@ class Region:
     copies:    of a local attention: how many groups of queries the author copies keys for, per
                leading index, and how many keys for each
     approximate: the user asked for fewer keys than the model sees: it need not pay
-    tables:    operands of the mask by slot that depend on no input, at the example's lengths
+    prefer:    "speed", or "memory": what holds no tensor of queries x keys need not pay
+    rank:      columns of the low-rank terms of `inlined`
+    biases:    values (H or 1, Q, K) of biases by slot that depend on no input, for approximations
+    tables:    operands of the mask by slot as they are on the example inputs, for costs alone
+    rows:      share of the rows that gates behind the attention are expected to leave
     """
 
     spec: Spec
@@ -69,16 +73,24 @@ class Region:
     saved: tuple[float, ...] = ()
     copies: tuple[int, int] | None = None
     approximate: bool = False
+    prefer: str = "speed"
+    rank: int = 0
+    biases: Mapping[str, Any] = field(default_factory=dict, compare=False)
     tables: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    rows: float = 1.0
 
 
 @dataclass(frozen=True)
 class Match:
-    """A rule says yes: compute `spec` by `schedule`."""
+    """A rule says yes: compute `spec` by `schedule`.
+
+    memory: with `prefer="memory"`, what is held of queries x keys and what that costs
+    """
 
     spec: Spec
     schedule: Schedule
     predicted_speedup: float | None = None
+    memory: str = ""
 
 
 class Rule:
@@ -104,9 +116,23 @@ class BlockTable:
     reads: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A bias (H or 1, Q, K) that is nearly a product.
+
+    query, key: float32 (H or 1, Q, R) and (H or 1, K, R)
+    error: largest difference of a logit, up to a constant per row
+    """
+
+    query: Any
+    key: Any
+    error: float
+
+
 class Approximation(Rule):
-    """Fewer keys than the model's own attention sees: not exact, so never used unless a user puts
-    an instance into `rules=`. It changes what is computed; the other rules then say how.
+    """Fewer keys than the model's own attention sees, or a bias that is nearly its own: not exact,
+    so never used unless a user puts an instance into `rules=`. It changes what is computed; the
+    other rules then say how.
 
     Subclasses set `name` and `path`, a pattern of the module paths that it is for, and define
     `reduce`.
@@ -117,9 +143,9 @@ class Approximation(Rule):
     def match(self, region: Region) -> Match:
         raise Decline(f"{self.name} says what to compute, not how")
 
-    def reduce(self, region: Region) -> tuple[Mask, dict[str, BlockTable]]:
-        """The keys to keep, of those that the region's own mask keeps, and the tables that this
-        mask loads by slot; or raise Decline(reason)."""
+    def reduce(self, region: Region) -> tuple[Mask, Mapping[str, BlockTable | Factors]]:
+        """The keys to keep, of those that the region's own mask keeps, and by slot the tables that
+        this mask loads and the factors of biases (`Region.biases`); or raise Decline(reason)."""
         raise NotImplementedError
 
     def describe(self) -> str:

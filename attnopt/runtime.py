@@ -15,6 +15,7 @@ import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -247,7 +248,7 @@ class Runtime:
             return None
         try:
             with _no_inference_mode():
-                variant = self._capture(call, *_normal((args, kwargs)))
+                variant = self._capture(call, *_normal((args, kwargs)), at_once=at_once)
             del self._seen[key]
             return variant
         except CaptureError as error:
@@ -274,7 +275,17 @@ class Runtime:
             _log.info("no preview of %s", type(self.model).__name__, exc_info=True)
         captured.values = {}
 
-    def _capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+    def _options(self, at_once: bool = False) -> Options:
+        """The options for a call as it is now: frozen values have no gradient. What is captured
+        ahead may yet be for calls that want none."""
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
+        if at_once or not (self.options.freeze and wanted):
+            return self.options
+        self.note("freeze: nothing is frozen in calls that record gradients of parameters")
+        return replace(self.options, freeze=False)
+
+    def _capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], *,
+                 at_once: bool = False) -> Variant:
         if global_hooks():
             raise CaptureError("hooks on all modules are registered", front_end=False)
         shapes = self.dynamic_shapes if call.structure == self.dynamic_structure else None
@@ -284,8 +295,12 @@ class Runtime:
             start = time.perf_counter()
             traced = capture(self.model, given, named, shapes)
             seconds = time.perf_counter() - start
-            rewritten = pipeline.rewrite(traced.captured, self.options)
+            rewritten = pipeline.rewrite(traced.captured, self._options(at_once))
         rewritten.timings = {"capture": seconds, **rewritten.timings}
+        if rewritten.frozen_grad:
+            traced.without_grad = traced.without_grad or "values of parameters frozen"
+        elif rewritten.frozen:
+            traced.reads_flags = True
         variant = Variant(traced, rewritten.graph_module, rewritten.guards, call, self.model,
                           useful=_useful(rewritten))
         traced.captured.values = {}  # a variant must not keep tensors alive that are replaced
@@ -325,7 +340,7 @@ class Runtime:
     def _rewrite_graph(self, captured: Captured
                        ) -> tuple[fx.GraphModule, tuple[ValueGuard, ...]] | None:
         with progress(type(self.model).__name__):
-            rewritten = pipeline.rewrite(captured, self.options)
+            rewritten = pipeline.rewrite(captured, self._options())
         captured.values = {}
         self.results.append((captured, rewritten))
         if not _useful(rewritten):
@@ -342,7 +357,9 @@ def _at_a_glance(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _useful(rewritten: pipeline.Rewritten) -> bool:
-    return any(getattr(site, "record", site).status == "rewritten" for site in rewritten.sites)
+    """Whether anything in a graph is better than what the author has."""
+    return bool(rewritten.frozen) or any(
+        getattr(site, "record", site).status == "rewritten" for site in rewritten.sites)
 
 
 def _dense(leaf: Any) -> bool:

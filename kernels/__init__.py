@@ -3,12 +3,16 @@
     reference(spec)             the float64 oracle of a Spec
     ops.attention               the op; ops.attend, what eager graphs call in its place
     reasons(spec, lowering)     why a lowering does not serve a Spec
+    fused_mask(spec)            what fused attention makes one tensor of, in place of the Spec's
     estimates(problem, …)       predicted times of lowerings and tiles; original(problem, authored)
     prepare(calls)              compile the generated kernels of some calls in parallel
     merge(outs, lses)           attention over parts of the keys as one, by their log-sum-exp
     attend_rows(spec, …, rows)  attention of the listed query rows, 0 elsewhere
     lifetimes                   for which rows each key is among the best of those before
     block_maps                  which blocks of keys an approximation keeps
+    low_rank                    terms of low rank as columns of query and key
+    relative_tables             products of rows or keys and embeddings of relative positions
+    key_floor                   how low a bias must be to hide a key
     tabulate                    a bias as a table of the places that rows and keys look up
 """
 
@@ -20,21 +24,41 @@ from typing import Any
 import torch
 
 from attnopt.cost.choose import worth
+from attnopt.ir.expr import Expr
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.kernels import block_maps, cpp, lifetimes, ops, tabulate, triton
+from attnopt.kernels import (
+    block_maps,
+    cpp,
+    factors,
+    key_floor,
+    lifetimes,
+    low_rank,
+    ops,
+    relative_tables,
+    tabulate,
+    triton,
+)
 from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
 from attnopt.kernels.aten.sdpa import reasons as not_fused
-from attnopt.kernels.choosing import Problem, Tables, aten_lowering, estimates, original
+from attnopt.kernels.choosing import (
+    Problem,
+    Tables,
+    aten_lowering,
+    device,
+    estimates,
+    original,
+)
 from attnopt.kernels.cpp import stencil
 from attnopt.kernels.cpp.toolchain import toolchain
 from attnopt.kernels.merging import merge
 from attnopt.kernels.reference import reference
 from attnopt.kernels.row_lists import attend_rows
 
-__all__ = ["Problem", "Tables", "aten_lowering", "attend_rows", "block_maps", "estimates",
-           "lifetimes", "merge", "missing", "ops", "original", "prepare", "reasons", "reference",
-           "tabulate", "worth"]
+__all__ = ["Problem", "Tables", "aten_lowering", "attend_rows", "block_maps", "device", "estimates",
+           "factors", "fused_mask", "key_floor", "lifetimes", "low_rank", "merge",
+           "missing", "ops", "original", "prepare", "reasons", "reference",
+           "relative_tables", "tabulate", "worth"]
 
 
 def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
@@ -51,6 +75,9 @@ def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
                      + ", ".join(str(d).removeprefix("torch.") for d in dtypes))
     if not all(d.is_floating_point for d in dtypes):
         found.append("query, key and value must be floating")
+    if lowering in ("aten:sdpa", "cpp"):
+        wide = low_rank.widening(spec)
+        spec = spec if wide is None else wide.spec
     if lowering == "aten:sdpa":
         found += not_fused(spec)
         fused = plan(spec)
@@ -76,6 +103,16 @@ def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
     return found
 
 
+def fused_mask(spec: Spec) -> tuple[Expr, ...]:
+    """Terms and masks of which fused attention is handed one tensor that it makes; () where it is
+    handed an operand as it is, or nothing."""
+    fused = plan(spec)
+    masking = fused.masking if fused is not None else None
+    if masking is None or masking.slot is not None:
+        return ()
+    return tuple(e for e in (masking.term, masking.structure, *masking.others) if e is not None)
+
+
 def missing() -> str:
     """Why no C++ can be generated on this machine, "" where it can."""
     return toolchain().why_not()
@@ -90,5 +127,7 @@ def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[torch.Tensor]]],
     KernelError.
     """
     windowed = [call for call in calls if call[1].lowering == stencil.LOWERING]
-    cpp.prepare([call for call in calls if call[1].lowering == "cpp"], training)
+    wide = [(*low_rank.of_call(spec, tensors), schedule) for spec, schedule, tensors in calls
+            if schedule.lowering == "cpp"]
+    cpp.prepare([(spec, schedule, tensors) for spec, tensors, schedule in wide], training)
     stencil.prepare(windowed)

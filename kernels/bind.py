@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.kernels import aten, cpp, living_keys, triton
+from attnopt.kernels import aten, cpp, gated_rows, kept_keys, living_keys, low_rank, triton
 from attnopt.kernels.aten.state import call_state
 from attnopt.kernels.cpp import stencil
 
@@ -29,11 +29,24 @@ def bind(spec: str, schedule: str = "") -> Attention:
     for another number of operands than the Spec has.
     """
     asked = Schedule.parse(schedule) if schedule else Schedule("")
+    made = _bind(spec, schedule, asked)
+    gated = gated_rows.gates_of(Spec.parse(spec))
+    return gated_rows.Gated(Spec.parse(spec), asked, made, bind) if gated else made
+
+
+def _bind(spec: str, schedule: str, asked: Schedule) -> Attention:
+    wide = low_rank.widening(Spec.parse(spec))
+    if wide is not None and asked.lowering in ("cpp", "aten:sdpa"):
+        return low_rank.Wide(Spec.parse(spec), wide, bind(str(wide.spec), schedule),
+                             aten.bind(spec))
     if asked.lowering == "cpp" and not cpp.spec_reasons(Spec.parse(spec)):
         made = _Generated(Spec.parse(spec), asked)
         slots = living_keys.slots_of(Spec.parse(spec))
-        return made if slots is None else living_keys.Living(
-            Spec.parse(spec), slots, schedule, made, bind)
+        if slots is not None:
+            return living_keys.Living(Spec.parse(spec), slots, schedule, made, bind)
+        if kept_keys.kept_of(Spec.parse(spec)) is not None:
+            return kept_keys.Keeping(Spec.parse(spec), ("", ""), schedule, made, bind)
+        return made
     if asked.lowering == stencil.LOWERING and not stencil.spec_reasons(Spec.parse(spec)):
         return _Stencil(Spec.parse(spec), asked)
     if asked.lowering == triton.LOWERING:

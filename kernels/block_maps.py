@@ -13,14 +13,17 @@ time reads tensors = (query (*L, Q, D), key (*L, K, D)), of which the leading ax
              the blocks before it of largest q . mean(block), `top` in all
     hip      HiP (arXiv 2406.09827): a tree search for each block of queries halves groups of key
              blocks and keeps the better halves, judged by their first keys
+    table    the map itself, (H, …) if it differs by head: `table_text` writes it down
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,18 +37,56 @@ _THIN = 128
 
 def block_map(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Tensor:
     """The map; see above. Raises ValueError for an unknown pattern and lengths that do not fit."""
-    parameters = json.loads(text)
+    parameters = dict(_parameters(text))
     pattern = parameters.pop("pattern")
     if pattern not in _PATTERNS:
         raise ValueError(f"pattern must be one of {', '.join(_PATTERNS)}, got {pattern!r}")
     return _PATTERNS[pattern](tensors, int(lengths[0]), int(lengths[1]), **parameters)
 
 
+@functools.lru_cache(maxsize=256)
+def _parameters(text: str) -> Mapping[str, Any]:
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
 def blocks_of(text: str) -> tuple[int, int]:
     """(block_q, block_k) of a pattern's text."""
-    parameters = json.loads(text)
+    parameters = _parameters(text)
     block = int(parameters["block"])
     return int(parameters.get("block_q", 1 if parameters["pattern"] == "moba" else block)), block
+
+
+# -- written down ---------------------------------------------------------------------------------
+def table_text(kept: Tensor, block_q: int, block_k: int) -> str:
+    """The text of a bool map (rows, columns) or (H, rows, columns)."""
+    bits = zlib.compress(_packed(kept), 9)
+    return json.dumps({"pattern": "table", "block_q": block_q, "block": block_k,
+                       "shape": list(kept.shape), "bits": base64.b85encode(bits).decode()})
+
+
+def _packed(kept: Tensor) -> bytes:
+    """Eight entries to a byte, the first one lowest."""
+    flat = kept.flatten().to(device="cpu", dtype=torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return bytes((flat << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8).tolist())
+
+
+def _table(tensors: Sequence[Tensor], queries: int, keys: int, **parameters: Any) -> Tensor:
+    shape, blocks = tuple(parameters["shape"]), (parameters["block_q"], parameters["block"])
+    wanted = tuple(-(-n // b) for n, b in zip((queries, keys), blocks, strict=True))
+    if shape[-2:] != wanted:
+        raise ValueError(f"lengths must give {shape[-2:]} blocks, got {wanted}")
+    found = _unpacked(parameters["bits"], shape)
+    return found.to(tensors[0].device, copy=True) if tensors else found.clone()
+
+
+@functools.lru_cache(maxsize=256)
+def _unpacked(bits: str, shape: tuple[int, ...]) -> Tensor:
+    packed = torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(bits))),
+                              dtype=torch.uint8)
+    flat = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
+    return flat[: math.prod(shape)].view(shape).clone()
 
 
 # -- radial ---------------------------------------------------------------------------------------
@@ -179,7 +220,8 @@ def _first_keys(query: Tensor, key: Tensor, start: Tensor, block: int) -> Tensor
     return torch.cat(found, 1).masked_fill(~there, -math.inf).amax(-1)
 
 
-_PATTERNS: dict[str, Callable[..., Tensor]] = {"radial": _radial, "moba": _moba, "hip": _hip}
+_PATTERNS: dict[str, Callable[..., Tensor]] = {
+    "radial": _radial, "moba": _moba, "hip": _hip, "table": _table}
 
 # -- the op ---------------------------------------------------------------------------------------
 _library = torch.library.Library("attnopt", "FRAGMENT")
@@ -189,7 +231,10 @@ _library.define("block_map(Tensor[] tensors, SymInt[] lengths, str text) -> Tens
 
 def _fake(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Tensor:
     block_q, block_k = blocks_of(text)
-    leads = [t.shape[:-2] for t in tensors] if json.loads(text)["pattern"] != "radial" else [()]
+    parameters = _parameters(text)
+    leads = [tuple(t.shape[:-2]) for t in tensors]
+    if parameters["pattern"] in ("radial", "table"):
+        leads = [tuple(parameters.get("shape", ())[:-2])]
     shape = (*torch.broadcast_shapes(*leads), -(-lengths[0] // block_q), -(-lengths[1] // block_k))
     return tensors[0].new_empty(shape, dtype=torch.bool)
 

@@ -57,8 +57,8 @@ HANDLING = {"cpp": 5e-5, "aten:sdpa": 2e-5, "aten:blocks": 5e-5, "aten:dense": 4
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Operands of a mask whose values are the model's own, by slot: constants and buffers. They are
-    equal where they are the same memory."""
+    """Operands of a mask whose values are known or likely, by slot: constants, and what an example
+    held. Costs depend on them, nothing else. They are equal where they are the same memory."""
 
     by_slot: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -82,7 +82,8 @@ class Problem:
     """A Spec at shapes query (*L, Q, D), key (*L, K, D), value (*L, K, Dv) on one device.
 
     grads: gradients will be asked for; threads: that a call may use, 0 for torch's number;
-    device: "cpu" or "cuda"; tables: operands of the mask that are known
+    device: "cpu" or "cuda"; tables: operands of the mask as they are likely to be;
+    visible: share of the key tiles that are visited, where operands were looked at in a call
     """
 
     spec: Spec
@@ -94,6 +95,7 @@ class Problem:
     threads: int = 0
     device: str = "cpu"
     tables: Tables = NO_TABLES
+    visible: float = 1.0
 
     @property
     def work(self) -> Work:
@@ -151,11 +153,11 @@ def estimates(problem: Problem, lowerings: tuple[str, ...], few: bool = False) -
         found += candidates(problem, lowering, few)
     given = found, problem.work, spec.mask, device(problem.device), _threads(problem)
     tables = dict(problem.tables.by_slot)
-    choice = choose(*given, tables, problem.leading)
+    choice = choose(*given, tables, problem.leading, problem.visible)
     table = [replace(e, seconds=_whole(e, problem)) for e in choice.table]
     best = _best(choice, table)
     typical = typical_operands(spec, problem.query[-2], problem.key[-2], problem.leading, tables)
-    if typical and best is not None and best.candidate.tile:
+    if typical and best is not None and best.candidate.tile and problem.visible == 1.0:
         alike = [c for c in found if c.lowering == best.candidate.lowering]
         best = _best(choose(alike, *given[1:], {**tables, **typical}, problem.leading),
                      [e for e in table if e.candidate in alike])
@@ -251,11 +253,9 @@ def legal_tiles(problem: Problem, few: bool) -> list[tuple[int, ...]]:
 
 
 def _block_rows(mask: Mask) -> set[int]:
-    """Rows of the blocks of a table that it looks up (q // rows), or what divides them into tiles.
-    """
-    blocks = {a.args[1].value for node in mask.predicate().walk() if node.op == "load"
-              for a in node.args if a.op == "floordiv" and a.args[0] is E.index("q")
-              and a.args[1].op == "const"}
+    """Rows of the blocks that it is made of (q // rows), or what divides them into tiles."""
+    blocks = {node.args[1].value for node in mask.predicate().walk() if node.op == "floordiv"
+              and node.args[0] is E.index("q") and node.args[1].op == "const"}
     return {n // parts for n in blocks for parts in (1, 2, 4)
             if n % parts == 0 and 32 <= n // parts <= 128}
 

@@ -108,7 +108,8 @@ class Choice:
     valid:   bool Expr of what does not vary with the row
     offset:  causal means k <= q + offset; an int Expr of lengths
     fill:    what the author puts in place of the other numbers
-    rule:    "topk": the members of torch.topk; "kth": all that are at least the last of them
+    rule:    "topk": the members of torch.topk; "kth": all that are at least the last of them;
+             "least": at least the smallest, which is NaN where one of them is
     give:    what is asked for: "death" of the keys, the "hidden" key of a row with a tie, or
              "blind", the number of first rows that see nothing
     """
@@ -169,7 +170,7 @@ def _lifetimes(choice: Choice, values: Tensor, given: Sequence[Tensor], queries:
             return torch.full((*lead, queries, 1), -1, dtype=torch.int32, device=device)
         return _as_author(choice, values, operands, shape)
     death, extra = found
-    if choice.rule == "kth" and choice.give == "hidden":
+    if choice.rule != "topk" and choice.give == "hidden":
         return torch.full((*lead, queries, 1), -1, dtype=torch.int32, device=device)
     if choice.rule == "topk":
         # The numbers that top-k saw in a row: those of the keys up to `last`.
@@ -291,8 +292,10 @@ def _as_author(choice: Choice, values: Tensor, operands: Mapping[str, Tensor],
         seen = torch.as_tensor(evaluate(keep, env), device=values.device).expand(rows)
         numbers = torch.where(seen, values.expand(rows), choice.fill).to(values.dtype)
         best = torch.topk(numbers, choice.count, -1, True, choice.sorted)
-        if choice.rule == "kth":
-            chosen = numbers >= best.values.amin(-1, keepdim=True)
+        if choice.rule != "topk":
+            least = best.values[..., -1:] if choice.rule == "kth" else best.values.amin(
+                -1, keepdim=True)
+            chosen = numbers >= least
         else:
             chosen = torch.zeros(rows, dtype=torch.bool, device=values.device).scatter(
                 -1, best.indices, True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,13 +46,17 @@ def slots_of(spec: Spec) -> tuple[str, str] | None:
                 mask, blind = other, first
     parts = mask.masks if isinstance(mask, And) else (mask,)
     lives = [m.slot for m in parts if isinstance(m, KeyLifetime)]
+    return (lives[0], blind) if len(lives) == 1 and blockwise(spec) else None
+
+
+def blockwise(spec: Spec) -> bool:
+    """Can blocks of rows be computed with keys of their own?"""
     exprs = (spec.logits, spec.weights, spec.output, spec.groups, spec.sinks)
     whole = all(e is None or not any(n.op in ("stat", "inner", "value") for n in e.leaves)
                 for e in exprs)
-    plain = spec.weights is E.weight and spec.groups is None and not spec.dropout and not (
+    return whole and spec.weights is E.weight and spec.groups is None and not spec.dropout and not (
         spec.mix_logits or spec.mix_weights) and spec.empty_row != "uniform" and all(
             o.axes is not None for o in spec.operands)
-    return (lives[0], blind) if len(lives) == 1 and whole and plain else None
 
 
 def _first_rows(mask: Mask) -> str:
@@ -94,10 +98,17 @@ class Living:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Tensor:
         if len(operands) == len(self.spec.operands) and not torch.is_autocast_enabled("cpu"):
             given = dict(zip((o.slot for o in self.spec.operands), operands, strict=True))
-            lists = self.lists(query, key, *(given.get(slot) for slot in self.slots))
+            lists = self.find(query, key, given)
             if lists is not None:
                 return self.gathered(query, key, value, given, lists)
         return self.whole(query, key, value, *operands)
+
+    def compact(self, rank: int) -> Spec:
+        """The Spec of blocks of rows, of a call whose scores are of `rank` with the blocks."""
+        return of_gathered(self.spec, rank)
+
+    def find(self, query: Tensor, key: Tensor, given: Mapping[str, Tensor]) -> Tensor | None:
+        return self.lists(query, key, *(given.get(slot) for slot in self.slots))
 
     def lists(self, query: Tensor, key: Tensor, death: Tensor | None, blind: Tensor | None
               ) -> Tensor | None:
@@ -119,7 +130,7 @@ class Living:
     def gathered(self, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Tensor],
                  lists: Tensor) -> Tensor:
         """The blocks, many at once: they are a leading axis of their own."""
-        spec = of_gathered(self.spec, query.dim() + 1)
+        spec = self.compact(query.dim() + 1)
         run = self.bind(str(spec), self.schedule)
         queries, keys = query.shape[-2], key.shape[-2]
         lead = torch.broadcast_shapes(lists.shape[1:-1], key.shape[:-2], value.shape[:-2])

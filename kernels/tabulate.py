@@ -19,11 +19,12 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import re
 import sys
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -79,19 +80,65 @@ def tabulate(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Te
     device = tensors[0].device
     if not points.exact:
         operands = {s: t.float() if t.is_floating_point() else t for s, t in operands.items()}
-    count: Any = evaluate(E.parse(points.count), Env((1, 1), sizes=sizes))
+    count: Any = evaluate(_parse(points.count), Env((1, 1), sizes=sizes))
+    expr = _parse(points.expr)
+    if _concrete(tensors, lengths):
+        expr, places = _placed(text, tuple(lengths), count, device)
+        operands |= places
     names = leading_axes(_rank(points.lead))
     full = [sizes[a] if a in points.lead else 1 for a in names]
     env = Env((*full, 1, count), operands, sizes=sizes, device=device)
-    found = torch.as_tensor(evaluate(E.parse(points.expr), env), device=device)
+    found = torch.as_tensor(evaluate(expr, env), device=device)
     shape = [sizes[a] for a in points.lead]
     return found.expand(*full, 1, count).reshape(*shape, count).contiguous()
+
+
+_parse = functools.lru_cache(maxsize=1024)(E.parse)
+
+
+def _concrete(tensors: Sequence[Tensor], lengths: Sequence[int]) -> bool:
+    """Is this a call with numbers, and nothing that records or transforms it?"""
+    return all(type(n) is int for n in lengths) \
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors) \
+        and not torch._C._len_torch_dispatch_stack() \
+        and torch._C._functorch.peek_interpreter_stack() is None
+
+
+@functools.lru_cache(maxsize=256)
+def _placed(text: str, lengths: tuple[int, ...], count: int, device: torch.device,
+            ) -> tuple[E.Expr, dict[str, Tensor]]:
+    """The expression with whole numbers that the points alone decide as loads, and these: what a
+    look-up by position is at takes more time than the look-up, and is the same in each call."""
+    points = Points.parse(text)
+    loads: dict[E.Expr, E.Expr] = {}
+
+    def place(node: E.Expr) -> E.Expr | None:
+        if node.dtype == E.FLOAT or node.indices != {"k"} or node.op == "index" \
+                or node.has("load"):
+            return None
+        return loads.setdefault(node, E.load(f"_place{len(loads)}", dtype=node.dtype))
+
+    expr = _parse(points.expr).replace(place)
+    env = Env((1, count), sizes=dict(zip(points.axes, lengths, strict=True)), device=device)
+    with torch.inference_mode(False):
+        return expr, {str(new.value): torch.as_tensor(evaluate(old, env), device=device)
+                      for old, new in loads.items() if new.value in expr.slots}
 
 
 def _rank(lead: Sequence[str]) -> int:
     """The number of leading axes that hold all of these."""
     places = {"h": 1, "b": 2}
     return max((places.get(a) or 2 + int(a[1:]) for a in lead), default=0)
+
+
+@functools.lru_cache(maxsize=1024)
+def same_text(text: str) -> str:
+    """The text with its slots named by their positions: equal where the tables are, if the tensors
+    are."""
+    points = Points.parse(text)
+    names = {slot: f"t{i}" for i, slot in enumerate(points.slots)}
+    expr = re.sub(r"\((load\w*) (\w+)", lambda m: f"({m[1]} {names[m[2]]}", points.expr)
+    return str(replace(points, expr=expr, slots=tuple(names.values())))
 
 
 def literal_text(numbers: Tensor) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,28 +26,34 @@ from torch import fx
 from attnopt import kernels
 from attnopt.ir import expr as E
 from attnopt.ir.captured import Captured
-from attnopt.ir.mask import BlockMap, Mask
+from attnopt.ir.mask import ALL, BlockMap, Mask
 from attnopt.ir.site import SiteRecord
 from attnopt.ir.spec import Operand, Schedule, Spec, leading_axes
-from attnopt.passes import oracle
+from attnopt.passes import cut_bias, oracle
 from attnopt.passes.canonical import Canonical, Recipe, Tensor
 from attnopt.passes.normalize import View
 from attnopt.passes.recognize.axes import axes_of, resolve
-from attnopt.rules import Approximation, BlockTable, Decline, Region
+from attnopt.rules import Approximation, BlockTable, Decline, Factors, Region
 
 if TYPE_CHECKING:
+    from attnopt.passes.analyze.inline_bias import Inlined
+    from attnopt.passes.analyze.provenance import Analysis
+    from attnopt.passes.analyze.structure import Facts
     from attnopt.passes.verify import Candidate
 
 _ATTENTION = torch.ops.attnopt.attention.default
 _BLOCK_MAP = torch.ops.attnopt.block_map.default
 _DENSE = str(Schedule("aten:dense"))
-Reduction = tuple[Approximation, Mask, Mapping[str, BlockTable]]
+Reduction = tuple[Approximation, Mask, Mapping[str, BlockTable | Factors]]
 
 
 # -- planning -------------------------------------------------------------------------------------
-def choose(rules: Sequence[Approximation], region: Region, record: SiteRecord) -> Reduction | None:
+def choose(rules: Sequence[Approximation], region: Region, record: SiteRecord,
+           analysis: Analysis, canonical: Canonical) -> Reduction | None:
     """The first rule that takes the site; why others do not is in the record."""
     declined = []
+    if rules:
+        region = replace(region, biases=cut_bias.biases(analysis, canonical))
     for rule in rules:
         if not fnmatch.fnmatch(record.path, rule.path):
             record.tried.append(f"{rule.name}: outside path={rule.path!r}")
@@ -62,12 +68,44 @@ def choose(rules: Sequence[Approximation], region: Region, record: SiteRecord) -
     return None
 
 
+def reduce_forms(reduction: Reduction, canonical: Canonical, inlined: Inlined | None,
+                 region: Region) -> tuple[Canonical, Inlined | None, Region]:
+    """Both forms of a site after an approximation, and the region of them."""
+    canonical = reduced(canonical, reduction)
+    if inlined is not None:
+        form = reduced(inlined.canonical, reduction)
+        inlined = replace(inlined, canonical=form, rank=inlined.rank + cut_bias.rank(form))
+    rank = cut_bias.rank(canonical) if inlined is None else inlined.rank
+    return canonical, inlined, replace(
+        region, spec=canonical.spec, approximate=True, rank=rank,
+        inlined=inlined.canonical.spec if inlined is not None else None)
+
+
+def note(reduction: Reduction, record: SiteRecord, facts: Facts, analysis: Analysis,
+         canonical: Canonical) -> None:
+    """Say in the record of a site what was done, and guard the values that it depends on."""
+    rule, mask, tables = reduction
+    record.approximation = rule.describe()
+    record.rule = f"{rule.name}, {record.rule}"
+    if mask is not ALL:
+        record.mask = " & ".join(filter(None, (record.mask, mask.describe())))
+    for slot, table in tables.items():
+        if isinstance(table, Factors) and slot in canonical.cut:
+            record.approximation += (f": {slot} of rank {table.query.shape[-1]}, logits off by at "
+                                     f"most {table.error:.2g}")
+            facts.guards |= analysis.values.sources(canonical.operands[
+                canonical.cut[slot]].node) or frozenset()
+
+
 def reduced(canonical: Canonical, reduction: Reduction) -> Canonical:
     """A site with the mask of an approximation added to its own."""
     _, mask, tables = reduction
     spec, operands = canonical.spec, dict(canonical.operands)
+    if any(isinstance(t, Factors) for t in tables.values()):
+        return cut_bias.reduced(canonical, tables)
     more = []
     for slot, table in tables.items():
+        assert isinstance(table, BlockTable)
         node = next(m for m in mask.walk() if isinstance(m, BlockMap) and m.slot == slot)
         more.append(Operand(slot, None, E.BOOL, "mask"))
         operands[slot] = _table(canonical, table, node)
@@ -98,8 +136,8 @@ def judge(captured: Captured, view: View, c: Candidate, known: Mapping[fx.Node, 
     """Set the verdict on a candidate with an approximation."""
     from attnopt.passes import verify
 
-    if any(p.spec.with_(mask=(p.exact or p.spec).mask) != (p.exact or p.spec) for p in c.parts):
-        c.reason = "an approximation must change nothing but the mask"
+    if not all(_changes_little(p) for p in c.parts):
+        c.reason = "an approximation must change nothing but the mask, or a bias"
         return
     exact = {n: oracle.double(v) for n, v in known.items()}
     truth = oracle.run(c.parts[0].site.end, exact, precise=True)
@@ -138,6 +176,14 @@ def judge(captured: Captured, view: View, c: Candidate, known: Mapping[fx.Node, 
         verify.draw(captured, view, c, known, wanted)
 
 
+def _changes_little(part: Canonical) -> bool:
+    """Is the mask all that an approximation changes, or the logits where it cuts a bias?"""
+    may = {"operands", "logits" if part.cut else "mask"}
+    return part.exact is None or all(
+        getattr(part.spec, f.name) == getattr(part.exact, f.name)
+        for f in fields(Spec) if f.name not in may)
+
+
 def _root_mean_square(x: torch.Tensor) -> float:
     x = x[x.isfinite()].double()
     return float(x.square().mean().sqrt()) if x.numel() else 0.0
@@ -153,6 +199,7 @@ def _run(c: Candidate, view: View, known: Mapping[fx.Node, Any], env: Mapping[fx
     tables:  values from which keys are chosen when precise: a choice is not arithmetic
     """
     own = {str(p.spec): p.exact or p.spec for p in c.parts}
+    cuts = {str(p.spec): p.cut for p in c.parts}
     values = {view.author[n]: v for n, v in known.items()}
     chosen = _chosen(c, view, tables, env) if precise and tables is not None else {}
     for node in c.done.emitted:
@@ -166,7 +213,11 @@ def _run(c: Candidate, view: View, known: Mapping[fx.Node, Any], env: Mapping[fx
             query, key, value, operands, text = args[:5]
             spec = Spec.parse(text)
             named = dict(zip((o.slot for o in spec.operands), operands, strict=True))
-            spec = own[text] if exact else spec
+            if exact:
+                made = dict(zip(named, node.args[3], strict=True))  # type: ignore[call-overload]
+                dense = {s: made[f].args[0][0] for s, f in cuts.get(text, {}).items()}
+                named |= {s: values[n] if n in values else env[n] for s, n in dense.items()}
+                spec = own[text]
             given = [named[o.slot] for o in spec.operands]
             values[node] = (kernels.reference(spec)(query, key, value, given),) if precise else (
                 _ATTENTION(query, key, value, given, str(spec), _DENSE))

@@ -7,7 +7,7 @@ the target dimensions (*L, Q, D), (*L, K, D), (*L, K, Dv) or (*L, Q, K).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,6 +87,8 @@ class Canonical:
     copies: tuple[int, int] | None = None
     #: what the model itself computes, where the user asked for an approximation
     exact: Spec | None = None
+    #: its dense operands in place of which an approximation has factors, with a factor's slot
+    cut: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -189,7 +191,7 @@ def canonicalize(program: Program, site: Attention) -> Canonical:
 
 
 def _role(role: str) -> str:
-    return role if role in ("mask", "bias", "sink", "score") else "other"
+    return role if role in ("mask", "bias", "sink", "score", "gate") else "other"
 
 
 def _path(start: fx.Node, end: fx.Node) -> list[fx.Node]:

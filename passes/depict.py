@@ -20,7 +20,7 @@ from attnopt.ir.site import SiteRecord
 from attnopt.ir.spec import Schedule, Spec
 from attnopt.ir.tiling import GridTile, Tiling
 from attnopt.passes.analyze.by_value import Values
-from attnopt.passes.canonical import Canonical
+from attnopt.passes.canonical import Canonical, Recipe
 from attnopt.passes.canonical import Tensor as Operand
 from attnopt.passes.lengths import example_shapes
 from attnopt.passes.recognize.axes import resolve, settle
@@ -79,7 +79,7 @@ def mask_tables(canonical: Canonical, spec: Spec, queries: int, keys: int, value
     for slot in spec.mask.slots & canonical.operands.keys():
         made = canonical.operands[slot].recipe
         try:
-            table = _static(made.text, queries, keys) if made is not None else _table(
+            table = static(made, queries, keys) if made is not None else _table(
                 canonical.operands[slot], spec.operand(slot).axes, values)
         except (LookupError, RuntimeError, ValueError):  # nobody depends on it
             log.info("no value of %s of %s", slot, spec.mask, exc_info=True)
@@ -89,10 +89,12 @@ def mask_tables(canonical: Canonical, spec: Spec, queries: int, keys: int, value
     return tables
 
 
-def _static(text: str, queries: int, keys: int) -> Tensor | None:
+def static(recipe: Recipe, queries: int, keys: int) -> Tensor | None:
     """A table of blocks that depends on positions alone."""
+    if recipe.op is not torch.ops.attnopt.block_map.default:
+        return None
     try:
-        return kernels.block_maps.block_map([], [queries, keys], text)
+        return kernels.block_maps.block_map([], [queries, keys], recipe.text)
     except (KeyError, TypeError, ValueError):
         return None  # chosen at run time, or made by another recipe
 
@@ -103,6 +105,11 @@ def _table(operand: Operand, axes: Any, values: Values) -> Tensor | None:
         found = values.evaluate(operand.node)
     except (LookupError, RuntimeError):
         return None
+    return brought(found, operand, axes)
+
+
+def brought(found: Tensor, operand: Operand, axes: Any) -> Tensor | None:
+    """The value of an operand's node as the Spec loads it; `axes` is None for a table."""
     if axes is None:
         return found
     target, layout = [resolve(dim) for dim in operand.target], settle(operand.layout)

@@ -22,10 +22,10 @@ class Options:
     only:        None, or a pattern of module paths ("encoder.*") outside which nothing is rewritten
     approximate: None, or a tolerance by kind. "output": what an approximation among the rules may
                  change of a site's result, root mean square over root mean square
-    prefer:      "speed", or "memory" (never materialise N x N)
+    prefer:      "speed", or "memory": what holds least in tensors of queries x keys
     verify:      compare every rewrite with the original in float64
     backend:     "auto", or the lowerings allowed, one of or several of "aten", "cpp", "triton"
-    freeze:      parameters are constants: their values may be folded
+    freeze:      what depends on parameters and buffers alone is computed once, and guarded
     strict:      raise if anything is left as it was
     """
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from attnopt import kernels
-from attnopt.errors import KernelError
 from attnopt.ir.captured import Captured
 from attnopt.ir.site import SiteRecord, module_path, source_line
 from attnopt.ir.spec import Schedule, Spec
@@ -21,13 +17,20 @@ from attnopt.passes import approximate
 from attnopt.passes.analyze.inline_bias import Inlined, inline
 from attnopt.passes.analyze.local_keys import FORMS, analyze_local
 from attnopt.passes.analyze.provenance import Analysis
+from attnopt.passes.analyze.regather import regathered
+from attnopt.passes.analyze.regather_tokens import NotLocal
 from attnopt.passes.analyze.structure import Facts, words
 from attnopt.passes.canonical import Canonical, canonicalize
 from attnopt.passes.capture.guards import ValueGuard
-from attnopt.passes.depict import depict, mask_tables
+from attnopt.passes.clock import Clock
+from attnopt.passes.compiling import attention_calls, compile_kernels
+from attnopt.passes.depict import depict
+from attnopt.passes.examples import mask_examples
+from attnopt.passes.freeze import asks_for_gradients, freeze, frozen_operands
 from attnopt.passes.lengths import example_shapes
 from attnopt.passes.normalize import View, functional_view, op_name
 from attnopt.passes.options import Options
+from attnopt.passes.parameters import share
 from attnopt.passes.readable import readable
 from attnopt.passes.recognize.attention import Attention, Miss
 from attnopt.passes.recognize.axes import product, resolve
@@ -51,6 +54,9 @@ class Rewritten:
     text_before: str = ""
     text_after: str = ""
     timings: dict[str, float] = field(default_factory=dict)
+    #: what `freeze` computed values from, and whether any of it wanted a gradient then
+    frozen: tuple[str, ...] = ()
+    frozen_grad: bool = False
 
 
 @dataclass
@@ -64,43 +70,18 @@ class _Planned:
     match: Match | None = None
 
 
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
-
-
 def rewrite(captured: Captured, options: Options) -> Rewritten:
     """Find, prove, rewrite and verify. `captured.graph_module` is rewritten in place."""
-    clock = _Clock()
+    clock = Clock()
     module, graph = captured.graph_module, captured.graph
     before = readable(graph)
-    with clock("normalize"):
-        view = functional_view(graph)
-    with clock("recognize"):
-        kinds = {name: origin.kind for name, origin in captured.origins.items()}
-
-        def value_of(name: str) -> torch.Tensor | None:
-            origin = captured.origins.get(name)
-            held = origin is not None and origin.kind in ("buffer", "constant")
-            return captured.values.get(name) if held else None
-
-        program = Program(view, kinds, value_of)
-        found, misses = recognize(program)
-    with clock("analyze"):
-        analysis = Analysis(view.graph, kinds, value_of)
-        plans = [_plan(captured, program, analysis, site, options) for site in found]
+    view, program, analysis, plans, misses = _read(captured, options, clock)
     with clock("substitute"):
         candidates = _substitute(graph, view, plans, trials=options.verify)
     with clock("compile"):
-        _compile(candidates, _in_training(captured))
+        compile_kernels([(p.match, node) for c, members in candidates for p, node in zip(
+            members, attention_calls(c.done.emitted), strict=False) if p.match],
+            _in_training(captured))
     if options.verify and candidates:
         with clock("verify"):
             verify(captured, view, [c for c, _ in candidates],
@@ -114,16 +95,46 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
             chosen = plan.match or Match(plan.canonical.spec, Schedule())
             depict(plan.record, plan.canonical, chosen, analysis.values)
     sweep(graph, touched)
+    if touched:
+        share(captured, options.prefer)
+    frozen = freeze(captured, options)
     graph.lint()
     module.recompile()
     records = [p.record for p in plans] + [_missed(m, view) for m in misses]
     order = {n.name: i for i, n in enumerate(program.nodes)}
     records.sort(key=lambda r: order.get(r.node, 0))
-    held = tuple(ValueGuard.of(captured, name) for name in sorted(guards))
-    return Rewritten(module, records, held, before, readable(graph), clock.seconds)
+    held = tuple(ValueGuard.of(captured, name) for name in sorted(guards)) + frozen
+    return Rewritten(module, records, held, before, readable(graph), clock.seconds,
+                     tuple(g.path for g in frozen), asks_for_gradients(captured, frozen))
 
 
 # -- planning -----------------------------------------------------------------------------------
+def _read(captured: Captured, options: Options, clock: Clock, *, put_back: bool = True
+          ) -> tuple[View, Program, Analysis, list[_Planned], list[Miss]]:
+    """What is in a graph. Moved scores are put back only where all are local attentions then."""
+    with clock("normalize"):
+        view = functional_view(captured.graph)
+    with clock("recognize"):
+        kinds = {name: origin.kind for name, origin in captured.origins.items()}
+
+        def value_of(name: str) -> torch.Tensor | None:
+            origin = captured.origins.get(name)
+            held = origin is not None and origin.kind in ("buffer", "constant")
+            return captured.values.get(name) if held else None
+
+        program = Program(view, kinds, value_of)
+        program = regathered(program) if put_back else program
+        found, misses = recognize(program)
+    with clock("analyze"):
+        analysis = Analysis(view.graph, kinds, value_of)
+        try:
+            plans = [_plan(captured, program, analysis, site, options) for site in found]
+        except NotLocal as no:
+            log.info("%s: read as it is written", no.reason)
+            return _read(captured, options, clock, put_back=False)
+    return view, program, analysis, plans, misses
+
+
 def _plan(captured: Captured, program: Program, analysis: Analysis, site: Attention,
           options: Options) -> _Planned:
     """The plan of the first form of the site that a rule takes, or else of its first form."""
@@ -146,29 +157,26 @@ def _plan_form(captured: Captured, program: Program, analysis: Analysis, site: A
         plan.canonical = canonicalize(program, site)
         plan.canonical, plan.facts = analyze_local(
             program, analysis, plan.canonical, record.tried, form)
+    except NotLocal:
+        raise
     except Decline as no:
         record.status, record.reason = "kept", _explain(no, program)
         return plan
     canonical = plan.canonical
     roles = {o.slot: o.role for o in canonical.spec.operands} | {
         s: o.role for s, o in site.operands.items()}
-    record.mask, record.bias = words(plan.facts, roles)
+    record.mask, record.bias = words(plan.facts, canonical.spec, roles)
     record.spec, record.shapes = str(canonical.spec), canonical.shapes()
     record.status, record.lowering = "canonical", "author"
     try:
         _replaceable(program, site)
         inlined = inline(analysis, program, canonical)
         region = _region(captured, program, canonical, plan.facts, options, inlined)
-        reduction = approximate.choose(options.approximations, region, record)
+        reduction = approximate.choose(options.approximations, region, record, analysis, canonical)
         if reduction is not None:
-            canonical = approximate.reduced(canonical, reduction)
-            if inlined is not None:
-                inlined = replace(inlined, canonical=approximate.reduced(
-                    inlined.canonical, reduction))
-            region = replace(region, spec=canonical.spec, approximate=True,
-                             inlined=inlined.canonical.spec if inlined is not None else None)
-        region = replace(region, tables=mask_tables(
-            canonical, region.spec, region.shapes[0][-2], region.shapes[1][-2], analysis.values))
+            canonical, inlined, region = approximate.reduce_forms(
+                reduction, canonical, inlined, region)
+        region = replace(region, tables=mask_examples(captured, analysis, canonical, inlined))
         plan.match = _first_match(REGISTRY.pick(options.exact_rules), region, record)
         if inlined is not None and plan.match is not None \
                 and plan.match.spec == inlined.canonical.spec:
@@ -176,13 +184,11 @@ def _plan_form(captured: Captured, program: Program, analysis: Analysis, site: A
             plan.facts.guards |= inlined.guards
             plan.facts.words |= {s: f"{plan.facts.words.get(s) or 'index'}, {how}"
                                  for s, how in inlined.slots.items()}
-            record.mask, record.bias = words(plan.facts, roles)
+            record.mask, record.bias = words(plan.facts, plan.canonical.spec, roles)
         elif plan.match is not None:
             plan.canonical = canonical
         if reduction is not None and plan.match is not None:
-            record.approximation = reduction[0].describe()
-            record.rule = f"{reduction[0].name}, {record.rule}"
-            record.mask = " & ".join(filter(None, (record.mask, reduction[1].describe())))
+            approximate.note(reduction, record, plan.facts, analysis, plan.canonical)
     except Decline as no:
         record.reason = record.reason or _explain(no, program)
     return plan
@@ -251,8 +257,9 @@ def _region(captured: Captured, program: Program, canonical: Canonical, facts: F
                   tuple(v.dtype for v in values), values[2].device.type, _in_training(captured),
                   operand_grad, shapes, all(isinstance(n, int) for n in lengths),
                   options.lowerings, inlined.canonical.spec if inlined is not None else None,
-                  inlined.saved if inlined is not None else (),
-                  canonical.copies)
+                  () if inlined is None or frozen_operands(captured, options, program, canonical)
+                  else inlined.saved, canonical.copies,
+                  prefer=options.prefer, rank=inlined.rank if inlined is not None else 0)
 
 
 def _in_training(captured: Captured) -> bool:
@@ -334,22 +341,6 @@ def _substitute(graph: fx.Graph, view: View, plans: Sequence[_Planned], *,
     return made
 
 
-def _compile(candidates: Sequence[tuple[Candidate, list[_Planned]]], training: bool) -> None:
-    """Compile the generated kernels of all sites in parallel, before any of them runs."""
-    calls = [(p.match.spec, p.match.schedule, node) for c, members in candidates
-             for p, node in zip(members, _calls(c.done.emitted), strict=False) if p.match]
-    try:
-        kernels.prepare([
-            (spec, schedule, [a.meta["val"] for a in (*node.args[:3], *node.args[3])])
-            for spec, schedule, node in calls], training)
-    except KernelError as error:  # ATen computes these calls then, and the log says why
-        log.warning("a kernel could not be compiled: %s", error)
-
-
-def _calls(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    return [n for n in nodes if n.target is torch.ops.attnopt.attention.default]
-
-
 def _part(plan: _Planned) -> tuple[Canonical, Spec, Schedule]:
     assert plan.canonical is not None
     if plan.match is not None:
@@ -396,5 +387,5 @@ def _settle(graph: fx.Graph, view: View, candidate: Candidate, members: Sequence
         record.status, record.reason = "rewritten", ""
         record.lowering = match.schedule.lowering
         record.tile = "x".join(map(str, match.schedule.tile))
-        record.predicted_speedup = match.predicted_speedup
+        record.predicted_speedup, record.memory = match.predicted_speedup, match.memory
         record.spec = str(match.spec)

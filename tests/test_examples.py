@@ -67,3 +67,23 @@ def test_denoise_photo() -> None:
     noisy, denoised = _psnr(said)
     assert denoised > noisy + 5
     assert (EXAMPLES / "output" / "side_by_side.png").is_file()
+
+
+@pytest.mark.parametrize(("name", "form", "options"), [
+    ("alibi_language_model.py", "closed form", ("--steps", "2", "--tokens", "512")),
+    ("swin_stage.py", "table by distance, 2-D", ("--side", "24", "--window", "12")),
+    ("sam_block.py", "separable per axis", ("--side", "32", "--size", "64", "--heads", "1")),
+    ("triangle_attention.py", "key vector", ("--residues", "32", "--padded", "4")),
+])
+def test_bias(name: str, form: str, options: tuple[str, ...]) -> None:
+    """Each tells the form, times, errors and peaks of memory before and after."""
+    said = _example(name, *options, "--repeats", "1")
+    assert "attnopt report" in said and " 0 kept" in said
+    assert form in " ".join(said.split())
+    assert "original " in said and ", optimised " in said
+    errors = said.partition("away from float64 by at most: original ")[2]
+    old, new = (float(e.split(",")[0]) for e in errors.split(", optimised ")[:2])
+    assert new <= max(2 * old, 1e-5)
+    for line in said.splitlines():
+        if "differ by at most" in line:
+            assert float(line.rpartition("at most ")[2]) < 1e-4

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attnopt import environment
-from attnopt.bench import cpu, gpu, optimizing, overhead, sparse, spellings, summary, tiles
+from attnopt.bench import bias, cpu, gpu, optimizing, overhead, sparse, spellings, summary, tiles
 from attnopt.errors import OptionError
 
 Suite = Callable[..., dict[str, Any]]
@@ -28,12 +28,13 @@ SUITES: dict[str, Suite] = {
     "spellings": spellings.measure,
     "cpu": cpu.measure,
     "sparse": sparse.measure,
+    "bias": bias.measure,
     "gpu": gpu.measure,
     "tiles": tiles.measure,
     "gpu-tiles": tiles.measure_gpu,
 }
 #: suites whose results are rows that a chart can show
-_ROWS = ("cpu", "sparse", "gpu")
+_ROWS = ("cpu", "sparse", "bias", "gpu")
 #: results that belong to the repository; an installed package has no such place to write to
 RESULTS = Path(__file__).parent / "results"
 

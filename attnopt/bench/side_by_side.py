@@ -102,9 +102,10 @@ def run_case(
     with torch.set_grad_enabled(case.training):
         steps, left_out = _baselines(case, attention, inputs, gradient, compiled)
         optimized = optimize(attention, (*inputs, *attention.extras()), verify=False)
-        steps[OURS] = _step(_whole(optimized, attention), inputs, gradient)
+        learned = tuple(attention.parameters())
+        steps[OURS] = _step(_whole(optimized, attention), inputs, gradient, learned)
         exact = truth(attention, *inputs, gradient)
-        errors = {name: exact.error(step()) for name, step in steps.items()}
+        errors = {name: exact.error(step()[:4]) for name, step in steps.items()}
         peaks = {name: memory.peak(step, place) for name, step in steps.items()}
         products = _products(case.dtype, place)
         before = _own_forward(optimized.report)
@@ -180,7 +181,8 @@ def _baselines(
             continue
         try:
             fn = others[name] if name in others else builders[name](attention, inputs)
-            step = _step(fn, inputs, gradient)
+            learned = () if name in ("sdpa", "flex") else tuple(attention.parameters())
+            step = _step(fn, inputs, gradient, learned)
             step()
         except Exception as error:  # a peer's limit is a finding, not an error of ours
             left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
@@ -195,13 +197,15 @@ def _composed_bytes(case: Case) -> int:
     return 3 * case.batch * case.heads * case.length**2 * case.dtype.itemsize
 
 
-def _step(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor | None) -> Step:
+def _step(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor | None,
+          learned: tuple[Tensor, ...] = ()) -> Step:
+    """One call; with a gradient of the output also those of the inputs and of what is learned."""
     if gradient is None:
         return lambda: (fn(*inputs),)
 
     def train() -> tuple[Tensor, ...]:
         out = fn(*inputs)
-        return (out, *torch.autograd.grad(out, inputs, gradient))
+        return (out, *torch.autograd.grad(out, (*inputs, *learned), gradient))
 
     return train
 

@@ -75,16 +75,18 @@ class Choice:
 
 def choose(candidates: Sequence[Candidate], work: Work, mask: Mask, device: Device,
            threads: int = 1, operands: Mapping[str, Tensor] | None = None,
-           leading: Sequence[int] = ()) -> Choice:
+           leading: Sequence[int] = (), visible: float = 1.0) -> Choice:
     """The candidate that the model predicts to be fastest.
 
     mask: of the Spec; operands: those of its operands that are known, by slot; leading: lengths of
-    the leading axes, where the mask varies with them.
+    the leading axes, where the mask varies with them; visible: share of the key tiles that are
+    visited, where only that is known.
     """
     @functools.cache
     def counted(tile_q: Tiling, tile_k: Tiling) -> TileCounts:
-        return count_tiles(mask, work.queries, work.keys, tile_q, tile_k, leading, operands,
-                           tail=True)
+        found = count_tiles(mask, work.queries, work.keys, tile_q, tile_k, leading, operands,
+                            tail=True)
+        return found if visible >= 1 else found.thinned(visible)
 
     @functools.cache
     def gathered(box: tuple[int, ...], keys: int) -> TileCounts | None:

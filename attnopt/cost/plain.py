@@ -5,9 +5,11 @@
     blocks  the same over blocks of query rows, which stay in the cache
 
 Coefficients: a factor on the time that `Cpu.gemm` gives the matrix products, and nanoseconds per
-score, per score and pass, per score and new tensor of all scores (`far`), per head, and per call.
-Such a tensor costs most where it is so large that the allocator fetches fresh pages for it each
-time: an eager attention of 8 heads and 1024 tokens takes 3.4 times as long as one of 4 heads.
+score, per score and pass, per score and new tensor of all scores (`cold`, `far`), per head, and per
+call. Such a tensor costs more once two of them leave the second-level cache (192 windows of 49
+tokens take twice as long as 8 times 24 of them), and most where it is so large that the allocator
+fetches fresh pages for it each time: an eager attention of 8 heads and 1024 tokens takes 3.4 times
+as long as one of 4 heads.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ COEFFICIENTS: Mapping[str, float] = {
     "sdpa.flop": 1.1, "sdpa.score": 0.7, "sdpa.mask": 0.25, "sdpa.head": 4000.0,
     "sdpa.call": 12000.0,
     "dense.flop": 1.2, "dense.softmax": 0.7, "dense.pass": 0.5, "dense.far": 2.4,
-    "dense.call": 10000.0,
+    "dense.cold": 1.0, "dense.call": 10000.0,
     "blocks.flop": 1.3, "blocks.softmax": 1.5, "blocks.pass": 0.45, "blocks.call": 35000.0,
 }
 #: bytes from which glibc gives a tensor fresh pages each time (its largest M_MMAP_THRESHOLD)
@@ -56,8 +58,10 @@ def features(device: Cpu, work: Work, lowering: str, density: float = 1.0) -> di
         raise ValueError(f"lowering must be sdpa, dense or blocks, got {lowering!r}")
     fresh = work.scores * work.score_bytes >= FRESH
     tensors = scores * (work.author_ops + 2) * work.score_bytes / 4
+    outside = max(0.0, 1 - device.l2 / max(2 * work.scores * work.score_bytes, 1))
     return {"dense.flop": flop * backward, "dense.softmax": scores * backward,
             "dense.pass": passes * backward, "dense.far": tensors * backward * fresh,
+            "dense.cold": tensors * backward * outside * (not fresh),
             "dense.call": 4.0 + work.author_ops}
 
 

@@ -65,6 +65,12 @@ class TileCounts:
         """Dense over visited tiles, by the query tile that visits most: NATTEN's simulator."""
         return self.key_tiles / max(self.worst, 1)
 
+    def thinned(self, share: float) -> TileCounts:
+        """The counts where about this share of all key tiles is visited."""
+        most = math.ceil(share * self.key_tiles)
+        partial = self.partial.clamp(max=most)
+        return TileCounts((most - partial).minimum(self.full), partial, self.key_tiles)
+
     @property
     def average_speedup(self) -> float:
         return 1 / max(self.density, 1 / max(self.total, 1))

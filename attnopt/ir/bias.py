@@ -187,14 +187,21 @@ class RegionFill(Bias):
 
 @dataclass(frozen=True)
 class LowRank(Bias):
-    """Factors (…, Q, R) and (…, K, R) whose product is the bias."""
+    """Factors (…, Q, R) and (…, K, R) whose product, times a number, is the bias.
+
+    Kernels take them as further columns of query and key. What is known of ranks R, and by how
+    much they are lower where rows may be shifted: ALiBi m (k - q) 2 and 1, squared distances in D
+    dimensions D + 2 and D + 1, rel_h + rel_w on a grid h + w - 1 and h + w - 2, r regions r and
+    r - 1. A table by difference is of full rank as a rule: `DifferenceTable`.
+    """
 
     query_slot: str
     key_slot: str
+    scale: float = 1.0
     name = "low rank"
 
     def term(self) -> Expr:
-        return E.inner(self.query_slot, self.key_slot)
+        return E.inner(self.query_slot, self.key_slot) * self.scale
 
 
 @dataclass(frozen=True)
@@ -220,6 +227,9 @@ def form_of(term: Expr, axes: Mapping[str, tuple[str, ...] | None]) -> Bias:
             along.update(axes.get(leaf.value) or ("q", "k"))
     if term.op == "inner":
         return LowRank(*term.value)
+    if term.op == "mul" and term.args[0].op == "inner" and term.args[1].op == "const":
+        query, key = term.args[0].value
+        return LowRank(query, key, scale=float(term.args[1].value))
     if term.has("score") or term.has("inner"):
         return Dense(term)
     if "k" not in along:

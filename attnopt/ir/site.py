@@ -42,6 +42,8 @@ class SiteRecord:
     #: square of the difference over that of the exact result
     approximation: str = ""
     deviation: float | None = None
+    #: with prefer="memory": what is held of queries x keys, and what that costs
+    memory: str = ""
     #: share of the scores in tiles that are visited, and a picture of these tiles at the lengths of
     #: the example (`attnopt.ir.mask_picture.parse`)
     tile_density: float | None = None

@@ -40,6 +40,9 @@ def fragment(report: Report, diff_lines: int | None = _DIFF_LINES) -> str:
         _section("Approximate, as asked for",
                  [f"<b>{_breakable(printable(path, LONGEST))}</b>: {_text(text, 2 * LONGEST)}"
                   for path, text in table.approximations(rows)]),
+        _section("Memory, as preferred to speed",
+                 [f"<b>{_breakable(printable(path, LONGEST))}</b>: {_text(text, 2 * LONGEST)}"
+                  for path, text in table.memories(rows)]),
         _summary(report),
         _diff(report.diff(), diff_lines),
     ]

@@ -34,6 +34,7 @@ def render(report: Report, total: int = WIDTH) -> str:
         kept(rows, say),
         canonical(rows, say),
         approximate(rows, say),
+        memory(rows, say),
         summary(report, say),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -115,6 +116,19 @@ def approximations(rows: Sequence[Row]) -> list[tuple[str, str]]:
             f"changes the result by {100 * worst:.3g}% (root mean square, on the example)")
         found.append((row.path, f"{row.first.approximation}: {changed}"))
     return found
+
+
+def memories(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(path, what is held and what that costs) of the sites rewritten with prefer="memory"."""
+    return [(row.path, row.first.memory) for row in rows if row.first.memory]
+
+
+def memory(rows: Sequence[Row], say: Say) -> list[str]:
+    lines: list[str] = []
+    for path, text in memories(rows):
+        lines += say(printable(path, LONGEST), "  ")
+        lines += say(printable(text, 2 * LONGEST), "    ")
+    return ["Memory, as preferred to speed:", *lines] if lines else []
 
 
 def approximate(rows: Sequence[Row], say: Say) -> list[str]:

@@ -36,6 +36,8 @@ from attnopt.kernels.cpp.toolchain import compile_all, isas, toolchain
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 #: from here on a mask of index arithmetic gets tile lists, in scores of one head
 _LISTED = 128 * 128
+#: from here on what operands hide is looked at before a tile is chosen, in scores; in such tiles
+_ASKED, _ASKING = 1 << 22, Tile(rows=64, keys=64)
 #: lengths whose tile is remembered
 _REMEMBERED = 1024
 
@@ -115,7 +117,7 @@ class Attention:
                  ) -> Tensor | None:
         if not self.possible or not self.takes(query, key, value, operands):
             return None
-        tile = self.tile or self.chosen(query, key, value)
+        tile = self.tile or self.chosen(query, key, value, operands)
         if tile is None:
             return None
         tile, lists = self.plan(query, key, value, operands, tile)
@@ -128,7 +130,7 @@ class Attention:
         if not self.possible or not self.takes(query, key, value, operands):
             return None
         tile, lists = self.plan(query, key, value, operands, self.tile or self.chosen(
-            query, key, value) or Tile())
+            query, key, value, operands) or Tile())
         run = self.kernel(tile, query, key, value, operands)
         if run is None:
             return None
@@ -152,20 +154,36 @@ class Attention:
                 self.kernels[known] = None
         return self.kernels[known]
 
-    def chosen(self, query: Tensor, key: Tensor, value: Tensor) -> Tile | None:
-        """The tile for these lengths, None where ATen is faster."""
+    def chosen(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor] = ()
+               ) -> Tile | None:
+        """The tile for these lengths and what the mask hides, None where ATen is faster."""
         from attnopt.kernels.choosing import Problem, schedule_of
 
-        threads = torch.get_num_threads()
-        lengths = query.shape, key.shape, value.shape, query.dtype, threads
+        threads, visible = torch.get_num_threads(), self.visible(query, key, value, operands)
+        lengths = query.shape, key.shape, value.shape, query.dtype, threads, visible
         if lengths not in self.tiles:
             if len(self.tiles) >= _REMEMBERED:
                 self.tiles.clear()
             schedule = schedule_of(Problem(
                 self.spec, tuple(query.shape), tuple(key.shape), tuple(value.shape), query.dtype,
-                threads=threads).rounded())
+                threads=threads, visible=visible).rounded())
             self.tiles[lengths] = Tile.of(schedule.tile) if schedule.lowering == "cpp" else None
         return self.tiles[lengths]
+
+    def visible(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
+                ) -> float:
+        """About the share of the key tiles that operands leave to visit, in eighths; 1 where too
+        few scores are computed for it to matter."""
+        if not operands or not self.spec.mask.slots or query[..., 0].numel() * key.shape[
+                -2] < _ASKED:
+            return 1.0
+        found = self.lists(query, key, value, operands, _ASKING)
+        if found is None:
+            return 1.0
+        starts, tiles = found
+        rows = starts.numel() - starts[..., 0].numel()
+        share = tiles.numel() / max(rows * -(-key.shape[-2] // _ASKING.keys), 1)
+        return min(1.0, (1 + int(8 * share)) / 8)
 
     def takes(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]) -> bool:
         """Whether the kernel computes these tensors."""
@@ -203,14 +221,27 @@ class Attention:
         leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         if not predicate.slots:
             return _fixed_lists(predicate, rows, keys, tile.rows, tile.keys, leads)
+        wanted = predicate.slots - within_tables(self.spec)
         named = {o.slot: t for o, t in zip(self.spec.operands, operands, strict=True)
-                 if o.slot in predicate.slots}
+                 if o.slot in wanted}
         return _lists(predicate, rows, keys, tile.rows, tile.keys, leads, named)
+
+
+@functools.lru_cache(maxsize=1024)
+def within_tables(spec: Spec) -> frozenset[str]:
+    """Operands along queries and keys that stand beside a table, `table[...] | operand`: the table
+    knows the tiles in which they matter, so that lists of tiles need nothing of their size."""
+    found: set[str] = set()
+    for node in spec.mask.predicate().walk():
+        if node.op == "or" and any(a.op == "load" and a.args for a in node.args):
+            found |= {s for a in node.args for s in a.slots}
+    return frozenset(s for s in found if {"q", "k"} <= set(spec.operand(s).axes or ()))
 
 
 def _lists(predicate: Expr, rows: int, keys: int, block_q: int, block_k: int,
            leads: tuple[int, ...], operands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    found = tile_lists(tile_states(predicate, rows, keys, block_q, block_k, leads, operands))
+    found = tile_lists(tile_states(predicate, rows, keys, block_q, block_k, leads, operands,
+                                   missing=True))
     return found.starts, (found.tiles * 2 + (found.kinds == PARTIAL)).int()
 
 
@@ -259,8 +290,11 @@ def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[Tensor]]], training: 
             tiles = legal_tiles(Problem(spec, tuple(query.shape), tuple(key.shape),
                                         tuple(value.shape), query.dtype), few=True)
         sources.update((source(signature, Tile.of(t), width), None) for t in tiles)
-        if training and not training_reasons(spec):
-            sources[backward_source(signature, (), backward_tile(spec, target), width)] = None
+        learned = tuple(o.slot for o in spec.operands if o.dtype == E.FLOAT)
+        if training and not training_reasons(spec, learned):
+            known = key.shape[-2] if isinstance(key.shape[-2], int) else None
+            sources[backward_source(
+                signature, learned, backward_tile(spec, known, target), width)] = None
     compile_all(list(sources), target)
 
 

@@ -8,18 +8,65 @@
 //     dV += P^T dO,  dK += dS^T Q,  dQ += dS K,  d operand += dX * d logits / d operand
 //
 // One task owns the keys and values of some leading axes, so that nothing is added to by two
-// threads: it goes over all query tiles that meet them, and each over its key tiles. A comment
-// `//@name` is where the statements of a Spec go (see `template_backward.py`).
+// threads: it goes over all query tiles that meet them, and each over its key tiles. Gradients of
+// operands that tasks would share have one copy for each block of tasks, which are summed later, so
+// that the result does not depend on threads. A comment `//@name` is where the statements of a Spec
+// go (see `template_backward.py`).
 enum { SHARED, LOOPED, SPLIT };  // roles of leading axes: keys do not, or do differ along it
+
+// The gradient of an operand that broadcasts; its copies are `part` apart.
+struct Sum : Matrix<float> {
+  int64_t part;
+  void read(Reader& r) {
+    Matrix<float>::read(r);
+    part = r.word();
+  }
+  float* at(const Place& place, int64_t block) const {
+    return Matrix<float>::at(place) + block * part;
+  }
+};
+
+// The gradient of a table: W numbers are added where `Table` reads them.
+template <int N> struct TableSum : Table<float, N> {
+  int64_t part;
+  void read(Reader& r) {
+    Table<float, N>::read(r);
+    part = r.word();
+  }
+  float* at(const Place&, int64_t block) const { return this->data + block * part; }
+  template <typename... I> void add_gather(float* to, vf x, I... places) const {
+    int n = 0;
+    add(to, (0 + ... + this->inside(places, n++)), x);
+  }
+  template <typename... I> void add_run(float* to, vf x, I... places) const {
+    int n = 0;
+    int32_t last = 0;
+    const int32_t offset = (0 + ... + this->along(this->lane(places), n++, last));
+    if (this->stride[N - 1] == 1 && last >= 0 && last + W <= this->length[N - 1])
+      store(to + offset, load(to + offset) + x);
+    else
+      add_gather(to, x, places...);
+  }
+  template <typename... I> void add_same(float* to, vf x, I... places) const {
+    add_gather(to, x, this->lane(places)...);
+  }
+  static void add(float* to, int32_t offset, vf x) { to[offset] += sum_of_lanes(x); }
+  static void add(float* to, vi offset, vf x) {  // lanes may have one place
+    for (int l = 0; l < W; l++) to[offset[l]] += x[l];
+  }
+};
 
 //@operands
 
 //@gradients
 
+//@row_fields
+
 struct Call {
   int32_t threads, queries, keys;
   int32_t length[RANK + 1];
   int32_t role[RANK + 1];  // tasks differ along SPLIT axes
+  int64_t blocks;          // and are that many for all that is LOOPED
   Matrix<T> q, k, v, out, grad;
   Matrix<float> statistics;           // (*L, Q, 2): shift, inverse sum
   Matrix<T> grad_q, grad_k, grad_v;   // data is null where it is not asked for
@@ -38,7 +85,9 @@ struct Buffers {
   alignas(64) float s[BQ * BK];   // S, then P
   alignas(64) float ds[BQ * BK];  // dP, then dS
   alignas(64) vf lanes[GRADIENTS + 1][BQ];  // gradients that are summed over keys, by lane
+  RowValues row_values[BQ];
   float shift[BQ], delta[BQ];
+  int64_t block;
   bool spoiled;  // a row has NaN for weights
   float *k_columns, *v_columns, *k_rows;  // packed; dS K reads k_rows or k
   float *grad_k, *grad_v;
@@ -56,11 +105,9 @@ template <bool PARTIAL> INLINE void add_lanes(float* row, int32_t first, int32_t
 }
 
 // Adds the sums over keys of the rows of a query tile.
-static void add_rows(const Matrix<float>& gradient, const Place& place, const vf* lanes,
-                     int32_t first, int32_t rows) {
-  float* const to = gradient.at(place);
-  if (gradient.row) {
-    for (int i = 0; i < rows; i++) to[(first + i) * gradient.row] += sum_of_lanes(lanes[i]);
+static void add_rows(float* to, int64_t step, const vf* lanes, int32_t first, int32_t rows) {
+  if (step) {
+    for (int i = 0; i < rows; i++) to[(first + i) * step] += sum_of_lanes(lanes[i]);
   } else {
     vf sum{};
     for (int i = 0; i < rows; i++) sum += lanes[i];
@@ -69,6 +116,18 @@ static void add_rows(const Matrix<float>& gradient, const Place& place, const vf
 }
 
 // -- one tile ------------------------------------------------------------------------------------
+// What depends on the row alone.
+static void row_values(const Call& call, const Place& place, Buffers& b, int32_t first,
+                       int32_t rows) {
+  //@names
+  //@head
+  for (int i = 0; i < rows; i++) {
+    const int32_t index_q = first + i;
+    (void)index_q;
+    //@row_values
+  }
+}
+
 // Raw scores and dP of a tile become P and dS.
 template <bool PARTIAL>
 static void tile(const Call& call, const Place& place, Buffers& b, const int32_t first,
@@ -76,6 +135,16 @@ static void tile(const Call& call, const Place& place, Buffers& b, const int32_t
   //@names
   //@head
   //@gradient_head
+  //@columns
+  for (int j = 0; j < NB; j++) {
+    const int32_t column = k0 + j * W;
+    const vi index_k = column + lanes();
+    (void)index_k;
+    //@score_columns
+    if constexpr (PARTIAL) {
+      //@mask_columns
+    }
+  }
   for (int i = 0; i < rows; i++) {
     const int32_t index_q = first + i;
     (void)index_q;
@@ -109,6 +178,16 @@ static void tile(const Call& call, const Place& place, Buffers& b, const int32_t
   //@gradient_tile
 }
 
+// C (count x N*W) += A^T (count x rows) * B of a key tile, with register blocks for its keys alone.
+template <int N>
+static void product_by_keys(int count, const float* a, const float* b, float* c, int ldc,
+                            int rows, Ahead ahead) {
+  if (count + MR - 1 < BK)
+    product<DOT, N, true, true>(count, a, BK, b, 0, c, ldc, rows, nullptr, ahead);
+  else
+    product<DOT, N, true, true, BK % MR>(BK, a, BK, b, 0, c, ldc, rows, nullptr, ahead);
+}
+
 // All key tiles of a query tile.
 static void sweep(const Call& call, const Place& place, Buffers& b, int32_t first, int32_t rows,
                   const int32_t* listed) {
@@ -130,12 +209,9 @@ static void sweep(const Call& call, const Place& place, Buffers& b, int32_t firs
                             nullptr, Ahead(grad_v, BK * DVP, blocks));
     if (partial) tile<true>(call, place, b, first, rows, k0);
     else tile<false>(call, place, b, first, rows, k0);
-    if (to_v)
-      product<DOT, DVP / W, true, true, BK % MR>(BK, b.s, BK, b.grad, 0, grad_v, DVP, rows,
-                                                 nullptr, Ahead(grad_k, BK * DP, BK / MR));
-    if (to_k)
-      product<DOT, DP / W, true, true, BK % MR>(BK, b.ds, BK, b.q, 0, grad_k, DP, rows, nullptr,
-                                                Ahead(k, count * DP, BK / MR));
+    const Ahead to_next(grad_k, BK * DP, BK / MR), to_keys(k, count * DP, BK / MR);
+    if (to_v) product_by_keys<DVP / W>(count, b.s, b.grad, grad_v, DVP, rows, to_next);
+    if (to_k) product_by_keys<DP / W>(count, b.ds, b.q, grad_k, DP, rows, to_keys);
     if (to_q)
       product<DOT, DP / W, true>(rows, b.ds, BK, k, BK, b.grad_q, DP, count, nullptr,
                                  Ahead(b.k_columns + after * BK * D, BK * D, blocks));
@@ -149,23 +225,27 @@ static void query_tile(const Call& call, const Place& place, Buffers& b, int ind
   pack_rows(call.grad, call.grad.at(place) + first * call.grad.row, rows, BQ, DV, b.grad, DVP,
             1.0f);
   const T* const out = call.out.at(place);
+  const bool in_place = std::is_same<T, float>::value && DV == DVP && call.out.column == 1;
   for (int i = 0; i < rows; i++) {
     const float* const statistics = call.statistics.at(place) + (first + i) * call.statistics.row;
     const float inverse = statistics[1];
     float* const grad = b.grad + i * DVP;
-    pack_rows(call.out, out + (first + i) * call.out.row, 1, 1, DV, b.out, DVP, 1.0f);
+    const T* const own = out + (first + i) * call.out.row;
+    if (!in_place) pack_rows(call.out, own, 1, 1, DV, b.out, DVP, 1.0f);
+    const float* const result = in_place ? (const float*)own : b.out;
     vf delta{};
     for (int e = 0; e < DVP; e += W) {
       const vf x = load(grad + e) * inverse;
-      delta += x * load(b.out + e);
+      delta += x * load(result + e);
       store(grad + e, x);
     }
     b.delta[i] = sum_of_lanes(delta);
     b.shift[i] = statistics[0] == -INF ? 0.0f : statistics[0];
     b.spoiled |= !(inverse <= std::numeric_limits<float>::max());
   }
-  memset(b.grad_q, 0, sizeof b.grad_q);
-  memset(b.lanes, 0, sizeof b.lanes);
+  memset(b.grad_q, 0, 4 * (size_t)((rows + MR - 1) / MR * MR) * DP);
+  for (int n = 0; n < GRADIENTS; n++) memset(b.lanes[n], 0, sizeof(vf) * rows);
+  row_values(call, place, b, first, rows);
   const int32_t* listed = call.list_rows;
   if (listed) {
     listed += index;
@@ -223,7 +303,8 @@ static void run(const Call& call) {
   const int64_t keys = (call.keys + BK - 1) / BK * (int64_t)BK;
   const int64_t tasks = combinations(call.length, call.role, SPLIT);
   const int64_t looped = combinations(call.length, call.role, LOOPED);
-#pragma omp parallel num_threads(call.threads) if (call.threads > 1 && tasks > 1)
+  const int64_t blocks = call.blocks;
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1 && tasks * blocks > 1)
   {
     const size_t own = (sizeof(Buffers) + 63) / 64 * 64;
     char* const memory = (char*)aligned_alloc(
@@ -236,10 +317,12 @@ static void run(const Call& call) {
     b.grad_k = b.k_rows + keys * DP;
     b.grad_v = b.grad_k + keys * DP;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; task++) {
+    for (int64_t task = 0; task < tasks * blocks; task++) {
       Place place{};
-      place_of(call.length, call.role, SPLIT, task, place);
-      for (int64_t n = 0; n < looped; n++) {
+      place_of(call.length, call.role, SPLIT, task / blocks, place);
+      b.block = task % blocks;
+      const int64_t end = looped * (b.block + 1) / blocks;
+      for (int64_t n = looped * b.block / blocks; n < end; n++) {
         place_of(call.length, call.role, LOOPED, n, place);
         owner(call, place, b);
       }
@@ -252,6 +335,7 @@ extern "C" void gradients(const int64_t* words) {
   Reader r{words};
   Call call;
   read_head(r, call, call.role);
+  call.blocks = r.word();
   call.grad.read(r);
   call.statistics.read(r);
   call.grad_q.read(r);

@@ -131,9 +131,14 @@ def operand(described: Operand, tensor: Tensor, rank: int, columns: tuple[int, i
     if described.slot == "score_weight":
         tensor = tensor.unsqueeze(-2)  # (D,) or (*L, D): one row
     if is_table(described):
-        return [tensor.data_ptr(), *tensor.shape, *tensor.stride()]
+        return table(tensor)
     width = tensor.shape[-1] if tensor.dim() else 1
     return [*matrix(tensor, rank), columns[0] if width == 1 else width]
+
+
+def table(tensor: Tensor) -> list[int]:
+    """The words of a table that is gathered."""
+    return [tensor.data_ptr(), *tensor.shape, *tensor.stride()]
 
 
 def _differs(tensors: Sequence[Tensor], axis: int, leads: Sequence[int]) -> bool:

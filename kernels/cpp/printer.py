@@ -81,11 +81,15 @@ class CppPrinter(Printer):
         if self.ranks[node.value] != len(args):
             raise ValueError(f"operand {node.value!r} must have {len(args)} axes, got "
                              f"{self.ranks[node.value]}")
-        how = "gather"
-        if self.wide(node) and self.neighbours:
-            how = look_up(node.args, WIDEST, lambda e: not self.wide(e), self.column)
+        how = self.look_up(node)
         column = "" if how == "gather" else "column, "
         return f"op_{node.value}.{how}<{kind}>({column}{', '.join(args)})"
+
+    def look_up(self, node: Expr) -> str:
+        """How a table is read: "run", "same" or "gather", see `attnopt.ir.lanes`."""
+        if self.wide(node) and self.neighbours:
+            return look_up(node.args, WIDEST, lambda e: not self.wide(e), self.column)
+        return "gather"
 
     def operation(self, node: Expr, args: list[str]) -> str:
         op = node.op

@@ -116,19 +116,15 @@ INLINE int64_t in_panel(int i, int j, int height, int width) {
   return (int64_t)first * height + i * own + (j - first);
 }
 
-// `count` rows of x, of `width` elements, as columns of panels (width x n); the rest of them is 0.
+// `count` rows of x, of `width` elements, as columns of panels (width x n); behind them the last
+// one is repeated.
 template <typename E>
 static void pack_columns(const Matrix<E>& x, const E* from, int count, int width, float* y, int n) {
-  for (int j = 0; j < n; j++) {
-    float* to = y + in_panel(0, j, width, n);
-    const int64_t step = in_panel(1, j, width, n) - in_panel(0, j, width, n);
-    const E* row = from + j * x.row;
-    if (j >= count)
-      for (int e = 0; e < width; e++) to[e * step] = 0;
-    else if (x.column == 1)
-      for (int e = 0; e < width; e++) to[e * step] = as_float(row[e]);
-    else
-      for (int e = 0; e < width; e++) to[e * step] = as_float(row[e * x.column]);
+  for (int j = 0; j < n; j += W) {
+    int32_t row[W];
+    for (int l = 0; l < W; l++) row[l] = j + l < count ? j + l : count - 1;
+    float* const to = y + in_panel(0, j, width, n);
+    pack_tokens(x, from, row, width, to, in_panel(1, j, width, n) - in_panel(0, j, width, n), 1.0f);
   }
 }
 

@@ -115,7 +115,7 @@ def _file(name: str) -> str:
 class Source:
     """The text of one kernel; the backward kernel is a subclass."""
 
-    files: tuple[str, ...] = ("attention.h", "pairs.h", "products.h", "gather.h",
+    files: tuple[str, ...] = ("attention.h", "pairs.h", "lanes.h", "products.h", "gather.h",
                               "forward.h")
 
     def __init__(self, signature: Signature, tile: Tile, width: int) -> None:
@@ -308,12 +308,13 @@ class Hoisted:
     take_column: list[str]
 
     @staticmethod
-    def of(printer: CppPrinter, root: Expr) -> Hoisted:
-        """Those of an expression that was printed."""
+    def of(printer: CppPrinter, *roots: Expr) -> Hoisted:
+        """Those of expressions that were printed."""
         found = Hoisted([], [], [], [], [], [])
-        used = {root} | {a for node in root.walk() if printer.levels[node] == "cell"
-                         for a in node.args}
-        for node in root.walk():
+        nodes = dict.fromkeys(node for root in roots for node in root.walk())
+        used = {*roots} | {a for node in nodes if printer.levels[node] == "cell"
+                           for a in node.args}
+        for node in nodes:
             name, level = printer.names[node], printer.levels[node]
             if node not in used or node.op in ("const", "index", "size") or (
                     level not in ("row", "column")):

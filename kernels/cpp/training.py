@@ -20,13 +20,18 @@ from attnopt.ir.derivative import derivative
 from attnopt.ir.spec import Spec
 from attnopt.kernels import aten
 from attnopt.kernels.aten.state import call_state
+from attnopt.kernels.aten.tile import broadcast
 from attnopt.kernels.cpp.attention import Attention, warn_once
 from attnopt.kernels.cpp.call import Kernel, kernel, signature_of
 from attnopt.kernels.cpp.call_backward import Backward, backward
+from attnopt.kernels.cpp.integers import LARGEST
 from attnopt.kernels.cpp.isa import Isa, isa
 from attnopt.kernels.cpp.template import Parts, Tile
+from attnopt.kernels.cpp.template_backward import loads_of
 
-_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
+#: keys of a tile; from so many keys on, the first
+_WIDTHS, _FEW = (64, 48), 512
+_GRADIENTS = {torch.float32, torch.bfloat16, torch.float16}
 #: of `is_grads_batched`, which functorch does not know of
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -60,21 +65,25 @@ def training_reasons(spec: Spec, wanted: tuple[str, ...] = ()) -> tuple[str, ...
         found.append(f"the logits have no derivative: {error}")
     for slot in wanted:
         described = spec.operand(slot)
-        if described.axes is None or described.dtype != E.FLOAT:
-            found.append(f"operand {slot!r} must broadcast in the logits to have a gradient")
+        if described.dtype != E.FLOAT:
+            found.append(f"operand {slot!r} must be floating to have a gradient")
             continue
         try:
-            derivative(scaled, E.load(slot))
+            loads_of(spec, slot)
         except ValueError as error:
             found.append(f"the logits have no derivative in {slot!r}: {error}")
     return tuple(found)
 
 
-def backward_tile(spec: Spec, target: Isa | None = None) -> Tile:
+def backward_tile(spec: Spec, keys: int | None = None, target: Isa | None = None) -> Tile:
     """The tile of the backward kernel: many rows, because each row tile reads and writes the
-    gradients of all keys; fewer where a mask leaves tiles out."""
+    gradients of all keys; fewer where a mask leaves tiles out. Few keys are cut so that little of
+    the last tile is empty."""
     rows = 96 if spec.mask.predicate() is E.TRUE else 48
-    return Tile(rows, 64, 6, 4 if (target or isa()).registers >= 32 else 2)
+    width = _WIDTHS[0]
+    if keys is not None and keys < _FEW:
+        width = min(_WIDTHS, key=lambda n: -keys % n)
+    return Tile(rows, width, 6, 4 if (target or isa()).registers >= 32 else 2)
 
 
 class Training:
@@ -85,31 +94,45 @@ class Training:
 
     def __init__(self, attention: Attention) -> None:
         self.attention, self.spec = attention, attention.spec
+        self.pairs: dict[Any, tuple[Kernel, Backward] | None] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
                  ) -> Tensor | None:
         attention = self.attention
-        described = self.spec.operands
-        wanted = tuple(o.slot for o, t in zip(described, operands, strict=True) if t.requires_grad)
-        if not attention.possible or training_reasons(self.spec, wanted) or not all(
-                t.dtype in _GRADIENTS for t in operands if t.requires_grad):
+        if not attention.possible or not attention.takes(query, key, value, operands):
             return None
-        if not attention.takes(query, key, value, operands):
+        if any(t.numel() > LARGEST for t in operands):  # expanded: its gradient is not
             return None
-        tile = attention.tile or attention.chosen(query, key, value)
+        tile = attention.tile or attention.chosen(query, key, value, operands)
         if tile is None:
             return None
-        tile = tile.aligned
+        back = backward_tile(self.spec, key.shape[-2], attention.target)
+        rank = max(query.dim(), key.dim(), value.dim())
+        known = (tile, back.keys, query.dtype, query.shape[-1], value.shape[-1], rank,
+                 *((t.dtype, t.dim(), t.requires_grad) for t in operands))
+        if known not in self.pairs:
+            self.pairs[known] = self.pair(tile.aligned, back, query, key, value, operands)
+        pair = self.pairs[known]
+        if pair is None:
+            return None
+        out: Tensor = _Attend.apply(attention, *pair, query, key, value, *operands)
+        return out
+
+    def pair(self, tile: Tile, back: Tile, query: Tensor, key: Tensor, value: Tensor,
+             operands: Sequence[Tensor]) -> tuple[Kernel, Backward] | None:
+        """The kernels of output and gradients; None where there are none."""
+        target = self.attention.target
+        learned = {o.slot: t.dtype for o, t in zip(self.spec.operands, operands, strict=True)
+                   if t.requires_grad}
+        wanted = tuple(learned)
+        if training_reasons(self.spec, wanted) or not set(learned.values()) <= _GRADIENTS:
+            return None
         signature = signature_of(self.spec, query, key, value, operands)
         try:
-            forward = kernel(signature, tile, attention.target)
-            gradients = backward(signature, wanted, backward_tile(self.spec, attention.target),
-                                 attention.target)
+            return kernel(signature, tile, target), backward(signature, wanted, back, target)
         except AttnOptError as error:
             warn_once(str(error))
             return None
-        out: Tensor = _Attend.apply(attention, forward, gradients, query, key, value, *operands)
-        return out
 
 
 class _Attend(torch.autograd.Function):
@@ -118,7 +141,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attention: Attention, forward: Kernel, gradients: Backward,
                 query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Tensor:
-        leads = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        leads = broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         statistics = torch.empty((*leads, query.shape[-2], 2), dtype=torch.float32, device="cpu")
         out = forward(query, key, value, operands, statistics=statistics,
                       lists=attention.lists(query, key, value, operands, forward.tile))

@@ -13,6 +13,7 @@ of image tokens, q // W and q % W.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch import fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.passes.analyze.lift import Index, Layout, Unliftable, hint
+from attnopt.passes.analyze.lift import Index, Layout, Lifted, Unliftable, hint
 from attnopt.passes.analyze.lift_floats import FloatLifter
+from attnopt.passes.analyze.relative_products import Product, product_at
+from attnopt.passes.analyze.relative_tables import is_row_table
 from attnopt.passes.analyze.structure import named_layout
 from attnopt.passes.canonical import Canonical, Tensor
 from attnopt.passes.recognize.axes import Axis, product, resolve, settle
@@ -30,13 +33,47 @@ _BOTH = frozenset("qk")
 
 
 class BiasLifter(FloatLifter):
-    """A FloatLifter that loads what is constant where it cannot be read."""
+    """A FloatLifter that loads what is constant where it cannot be read, and tables of queries or
+    keys by relative position."""
+
+    wraps = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: tables that the program does not hold, by the name that loads them
+        self.products: dict[str, Product] = {}
+
+    def lift(self, node: fx.Node, indices: Index) -> Lifted:
+        lifted = super().lift(node, indices)
+        loads = dict(lifted.loads)
+        for name in loads.keys() & self.products.keys():
+            made = self.products[name]
+            loads |= {n.name: n for n in (made.rows, made.table)}
+        return replace(lifted, loads=loads)
+
+    def looked_up(self, table: fx.Node, places: Index) -> Expr:
+        """One look-up at a place that is chosen, rather than a choice between look-ups."""
+        if _BOTH <= frozenset().union(*(i.indices for i in places)) \
+                and table.meta["val"].is_floating_point():
+            try:
+                found = self.element(table, places)
+                if found.op == "load":
+                    return found
+            except Unliftable:
+                pass
+        return super().looked_up(table, places)
 
     def _element(self, node: fx.Node, idx: Index) -> Expr:
         try:
             return super()._element(node, idx)
         except Unliftable:
             along = frozenset().union(*(i.indices for i in idx))
+            if _BOTH <= along and not node.meta.get("attnopt_opaque"):
+                if is_row_table(self, node, idx):
+                    return self.load(node, idx)
+                made = product_at(self, node, idx)
+                if made is not None:
+                    return made
             if not _BOTH <= along or any(
                     isinstance(n, torch.SymInt) for n in node.meta["val"].shape):
                 raise

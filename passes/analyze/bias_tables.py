@@ -27,11 +27,13 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.mask_base import K, Q
 from attnopt.ir.spec import Operand
 from attnopt.kernels import tabulate
+from attnopt.passes.analyze import relative_tables
 from attnopt.passes.analyze.bias_regions import Region, evaluated, region_of
 from attnopt.passes.analyze.bias_strips import Strip, dimensions, strip_of
 from attnopt.passes.analyze.by_value import Values
 from attnopt.passes.analyze.inline_operands import Operands
 from attnopt.passes.analyze.lift import Lifter
+from attnopt.passes.analyze.relative_tables import RowTable
 from attnopt.passes.canonical import Recipe, Target
 from attnopt.passes.canonical import Tensor as Brought
 from attnopt.passes.normalize import is_tensor
@@ -66,20 +68,28 @@ class BiasTables:
     """Terms of one operand as tables; `of` replaces them by loads of names that are in `found`.
 
     fixed: lengths of q and k as numbers; None where one is not known
+    kept:  which scores matter
     """
 
     lifter: Lifter
     values: Values
     names: tuple[str, ...]
     fixed: tuple[int, int] | None
-    found: dict[str, Tabulated | Region] = field(default_factory=dict)
+    kept: Expr = E.TRUE
+    found: dict[str, Tabulated | Region | RowTable] = field(default_factory=dict)
     guards: set[str] = field(default_factory=set)
 
     def of(self, e: Expr) -> Expr:
         """`e` with its terms that are look-ups by position as loads of tables."""
         if not _BOTH <= e.indices:
             return e
-        if e.dtype == E.FLOAT and _worth(e):
+        if e.has("inner"):  # no function of positions; what is beside it may be
+            return E.rebuild(e, tuple(map(self.of, e.args)))
+        if e.op == "load":
+            row = relative_tables.read(self, e)
+            if row is not None:
+                return row
+        if e.dtype == E.FLOAT and worth(e):
             loaded = self.table(e)
             if loaded is not None:
                 return loaded
@@ -92,18 +102,24 @@ class BiasTables:
                 equal, found = same
                 return E.where(equal, found.inside, found.outside)
         if e.op == "load":
-            return e
+            kept = self.entries(e)
+            return e if kept is None else kept
         args = tuple(map(self.of, e.args))
         return e if args == e.args else E.rebuild(e, args)
 
-    def table(self, e: Expr) -> Expr | None:
-        """A term as a load of a table; None where it is none."""
+    def table(self, e: Expr, near: fx.Node | None = None) -> Expr | None:
+        """A term as a load of a table; None where it is none.
+
+        near: a tensor of the table's device, for a term that loads none
+        """
         parts = _positions(e)
         if parts is None:
             return None
         lead = tuple(a for a in self.names if a in e.indices and a not in "qk")
         nodes = {leaf.value: self.lifter.nodes.get(leaf.value) for leaf in e.leaves
                  if leaf.op == "load"}
+        if not nodes and near is not None:
+            nodes = {near.name: near}
         if not nodes or not all(is_tensor(n) for n in nodes.values()):
             return None
         strip, words = self.symbolic(parts), "table by distance, 1-D"
@@ -112,9 +128,27 @@ class BiasTables:
             if by_value is None:
                 return None
             strip, words = by_value
-        name = f"strip{len(self.found)}"
-        self.found[name] = Tabulated(e, strip, lead, tuple(nodes.values()), tuple(nodes), words)
-        among, others = (E.load(name, *map(E.index, lead), p) for p in strip.places())
+        return self.load(e, Tabulated(
+            e, strip, lead, tuple(nodes.values()), tuple(nodes), words))
+
+    def entries(self, e: Expr) -> Expr | None:
+        """A constant of queries x keys whose own entries repeat as a load of a table: what an
+        author looked up before and keeps (LeViT in evaluation mode)."""
+        lead = tuple(a for a in self.names if a in e.indices and a not in "qk")
+        node, heads = self.lifter.nodes.get(e.value), self.others().get("h", 0) if lead else 1
+        if e.dtype != E.FLOAT or not is_tensor(node) or lead not in ((), ("h",)) or not heads \
+                or self.fixed is None or heads * self.fixed[0] * self.fixed[1] > LARGEST:
+            return None
+        found = self.by_value([e.replace({E.index("h"): E.const(h)}) for h in range(heads)])
+        return None if found is None else self.load(e, Tabulated(
+            e, found[0], lead, (node,), (str(e.value),), found[1]))
+
+    def load(self, e: Expr, table: Tabulated) -> Expr:
+        """`e` as a load of a table."""
+        name, lead, strip = f"strip{len(self.found)}", table.lead, table.points
+        self.found[name] = table
+        among, others = (E.load(name, *map(E.index, lead), p, dtype=e.dtype)
+                         for p in strip.places())
         return others if not strip.extra else E.where(strip.extra <= K, others, among)
 
     def choice(self, e: Expr) -> Expr | None:
@@ -271,7 +305,7 @@ def _periods(e: Expr, sizes: dict[str, int]) -> tuple[Expr, dict[str, Expr]]:
     return e, places
 
 
-def _worth(e: Expr) -> bool:
+def worth(e: Expr) -> bool:
     """Is a look-up by position in it, or more arithmetic than a load costs?"""
     if any(leaf.op == "load" and any(_BOTH <= a.indices for a in leaf.args) for leaf in e.leaves):
         return True
@@ -280,18 +314,23 @@ def _worth(e: Expr) -> bool:
 
 
 def declare(operands: Operands, expr: Expr,
-            tables: Mapping[str, Tabulated | Region]) -> None:
+            tables: Mapping[str, Tabulated | Region | RowTable]) -> None:
     """Bind the loads of tables in `expr` to new operands that the rewritten graph makes."""
     slots: dict[str, str] = {}
-    for load in sorted((n for n in expr.leaves if n.op == "load" and n.value in tables), key=str):
+    loads = sorted((n for n in expr.leaves if n.op == "load" and n.value in tables), key=str)
+    for load in sorted(loads, key=lambda n: any(a.has("load") for a in n.args)):
         name = str(load.value)
         if name not in slots:
             slot = slots[name] = operands.new_slot()
             found = tables[name]
-            made = _regions if isinstance(found, Region) else _points
-            operands.declared[slot] = (
-                Operand(slot, None, load.dtype, "table"), made(operands, found))  # type: ignore
-        operands.bound[load] = E.load(slots[name], *load.args, dtype=load.dtype)
+            if isinstance(found, RowTable):
+                operands.declared[slot] = found.operand(operands, slot)
+            else:
+                made = _regions if isinstance(found, Region) else _points
+                operands.declared[slot] = (
+                    Operand(slot, None, load.dtype, "table"), made(operands, found))  # type: ignore
+        places = (a.replace(operands.bound) for a in load.args)
+        operands.bound[load] = E.load(slots[name], *places, dtype=load.dtype)
 
 
 def _points(operands: Operands, table: Tabulated) -> Brought:
@@ -308,7 +347,9 @@ def _points(operands: Operands, table: Tabulated) -> Brought:
     pair = dict(zip((Q, K), table.points.pair(K), strict=True))
     text = tabulate.Points(str(table.expr.replace(pair)), str(table.points.count), table.names,
                            axes, table.lead, table.exact)
-    dtype = table.loads[0].meta["val"].dtype if table.exact else torch.float32
+    alone = table.loads[table.names.index(str(table.expr.value))] if table.exact else None
+    dtype = alone.meta["val"].dtype if alone is not None else \
+        torch.int64 if table.expr.dtype == E.INT else torch.float32
     recipe = Recipe(torch.ops.attnopt.tabulate.default, tuple(given),
                     tuple(place[a] for a in axes), str(text), dtype)
     target: Target = (*(place[a] for a in table.lead), (Axis(count),))

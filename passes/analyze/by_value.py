@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from attnopt.ir import expr as E
 from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.expr import Expr
+from attnopt.passes.analyze import by_rows
 from attnopt.passes.analyze.lift_tables import Patterns
 from attnopt.passes.analyze.logic import Logic
 
@@ -86,6 +87,11 @@ class Values:
             return self._values[node]
         if self.sources(node) is None:
             raise LookupError(f"{node.name} depends on an input or a parameter")
+        if self._goes_by_rows(node, symbols):
+            with torch.no_grad():
+                return by_rows.by_rows(
+                    node, lambda n: tuple(_number(x, symbols or {}) for x in n.meta["val"].shape),
+                    lambda n: self.evaluate(n, symbols))
         done: dict[fx.Node, Any] = {}
         total = 0
         with torch.no_grad():
@@ -104,9 +110,8 @@ class Values:
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt):
             return _number(val, symbols)
-        for t in _tensors(val if node.op != "placeholder" else ()):
-            if math.prod(_number(n, symbols) for n in t.shape) * t.element_size() > LARGEST:
-                raise LookupError(f"{node.name} is larger than {LARGEST >> 20} MB")
+        if node.op != "placeholder" and self._bytes(node, symbols) > LARGEST:
+            raise LookupError(f"{node.name} is larger than {LARGEST >> 20} MB")
         if node.op == "placeholder":
             value = self.read(node.name)
             if value is None:
@@ -114,6 +119,19 @@ class Values:
             return value
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: done[n])
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+    def _goes_by_rows(self, node: fx.Node, symbols: Mapping[sympy.Symbol, int] | None) -> bool:
+        """Is it a large mask, made of what is larger than may be?"""
+        val = node.meta.get("val")
+        return isinstance(val, Tensor) and val.dtype == torch.bool and val.dim() >= 2 \
+            and by_rows.SMALL < self._bytes(node, symbols) <= LARGEST and any(
+                self._bytes(n, symbols) > LARGEST for n in cone(node, {}))
+
+    def _bytes(self, node: fx.Node, symbols: Mapping[sympy.Symbol, int] | None) -> int:
+        """Of the largest tensor that a node gives."""
+        return max((math.prod(_number(n, symbols or {}) for n in t.shape) * t.element_size()
+                    for t in _tensors(node.meta.get("val"))), default=0)
 
 
 def _number(n: Any, symbols: Mapping[sympy.Symbol, int]) -> int:

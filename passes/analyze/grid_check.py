@@ -42,7 +42,8 @@ def agrees(lifted: Lifted, node: fx.Node, idx: Index, values: Values,
     if torch.Size(shape).numel() > LARGEST:
         return None
     try:
-        operands: dict[str, Any] = {"value": values.evaluate(node, symbols or None)}
+        operands: dict[str, Any] = {"value": values.evaluate(node, symbols or None),
+                                    **values.patterns.blocks.operands}
         for slot, n in lifted.loads.items():
             if not isinstance(n.meta["val"], torch.Tensor):
                 return None

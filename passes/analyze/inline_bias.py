@@ -11,6 +11,7 @@ Every other lowering is better off with the tensor, which is made once for all l
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,10 +22,18 @@ from torch import fx
 
 from attnopt.cost.work import instructions
 from attnopt.ir import expr as E
+from attnopt.ir.bias import ClosedForm, form_of
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Mask, Where
 from attnopt.ir.spec import Operand, Spec
-from attnopt.passes.analyze import bias_tables, key_lifetimes
+from attnopt.passes.analyze import (
+    bias_tables,
+    constant_tiles,
+    key_lifetimes,
+    low_rank,
+    low_rank_values,
+    relative_tables,
+)
 from attnopt.passes.analyze.bias_lifter import BiasLifter, grid_layout
 from attnopt.passes.analyze.bias_tables import BiasTables
 from attnopt.passes.analyze.grid_check import agrees
@@ -41,6 +50,7 @@ from attnopt.passes.analyze.lift import Lifted, Unliftable, hint
 from attnopt.passes.analyze.lift_floats import FloatLifter, decides
 from attnopt.passes.analyze.logic import leaves_of, literals
 from attnopt.passes.analyze.mask_reading import Reader
+from attnopt.passes.analyze.padding import with_floor
 from attnopt.passes.analyze.provenance import Analysis, rows_kept
 from attnopt.passes.analyze.selections import block_map, is_block_table
 from attnopt.passes.analyze.structure import LOW
@@ -66,6 +76,7 @@ class Inlined:
     slots:  operands of the first form that the Spec of this one computes, with words for the
             report
     guards: buffers and constants whose values were used for it
+    rank:   columns of its low-rank terms
     saved:  elements of the tensors that are not made then; one that several sites read counts for
             each of them with its share
     """
@@ -74,6 +85,7 @@ class Inlined:
     slots: Mapping[str, str]
     guards: frozenset[str]
     saved: tuple[float, ...]
+    rank: int = 0
 
 
 def inline(analysis: Analysis, program: Program, canonical: Canonical) -> Inlined | None:
@@ -83,13 +95,28 @@ def inline(analysis: Analysis, program: Program, canonical: Canonical) -> Inline
     for operand in canonical.spec.operands:
         if operand.slot in canonical.operands and _BOTH <= set(operand.axes or ()):
             try:
-                made.take(operand)
-            except LookupError as why:
-                log.debug("%s is carried as it is: %s", operand.slot, why)
+                take(made, operand)
             except Exception as error:  # what is not found is no reason to fail
                 log.warning("the operand %s is carried as it is: %s", operand.slot, error,
                             exc_info=log.isEnabledFor(logging.DEBUG))
-    return made.result() if made.taken else None
+    found = made.result() if made.taken or made.read else None
+    padded = with_floor(analysis, canonical if found is None else found.canonical)
+    if padded is None:
+        return found
+    return Inlined(padded, {}, frozenset(), ()) if found is None else replace(
+        found, canonical=padded)
+
+
+def take(made: _Inlining, operand: Operand) -> None:
+    """Compute an operand by its arithmetic, or else by the values that it has without any input, as
+    a whole or where some of a tile is hidden; leave it as it is where none of that works."""
+    for way in (made.take, functools.partial(made.take, by_value=True),
+                functools.partial(low_rank_values.take, made),
+                functools.partial(constant_tiles.take, made)):
+        try:
+            return way(operand)
+        except LookupError as why:
+            log.debug("%s is carried as it is: %s", operand.slot, why)
 
 
 @dataclass
@@ -103,13 +130,17 @@ class _Inlining:
     taken: dict[str, str] = field(default_factory=dict)
     guards: set[str] = field(default_factory=set)
     interior: set[fx.Node] = field(default_factory=set)
+    #: words for operands that are read in some tiles
+    read: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.spec = self.canonical.spec
         self.operands = Operands(self.canonical)
+        self.blocks = self.analysis.values.patterns.blocks
 
-    def take(self, operand: Operand) -> None:
-        """Compute `operand`. Raises LookupError where that is not possible or does not pay."""
+    def take(self, operand: Operand, by_value: bool = False) -> None:
+        """Compute `operand`, by the values that it has without any input if so asked. Raises
+        LookupError where that is not possible or does not pay."""
         slot, tensor = operand.slot, self.canonical.operands[operand.slot]
         named = grid_layout(self.canonical, tensor)
         if named is None:
@@ -117,18 +148,22 @@ class _Inlining:
         layout, lengths = named
         lifter = self.analysis.lifter(tensor.node, layout, lengths, BiasLifter)
         idx = lifter.indices(layout)
-        lifted, lives = key_lifetimes.resolve(lifter, lifter.lift(tensor.node, idx), tensor.node)
+        lifted, lives = key_lifetimes.resolve(lifter, (
+            lifter.by_value if by_value else lifter.lift)(tensor.node, idx), tensor.node)
         if not lives and agrees(lifted, tensor.node, idx, self.analysis.values, lengths,
                                 exact=False) is False:
             log.warning("the arithmetic of %s is not what it evaluates to", tensor.node.name)
             raise Unliftable("its lift does not equal its own values")
+        kept = relative_tables.kept(lifter.logic, self.spec, slot)
+        lifted = relative_tables.seen(lifter.logic, lifted, kept)
         interior = self.region(slot, set(lifted.loads.values()))
         found = self.split(slot, lifter, lifted.expr, lives)
         if found.fill is not None:
             found = replace(found, keep=key_lifetimes.shortened(lifter, found.keep, lives))
         tables = BiasTables(lifter, self.analysis.values, self.operands.names,
-                            _numbers(lengths["q"], lengths["k"]))
-        found = replace(found, expr=tables.of(found.expr))
+                            _numbers(lengths["q"], lengths["k"]), kept)
+        if found.expr.slots - self.blocks.by_slot.keys() or not found.expr.slots:
+            found = replace(found, expr=tables.of(found.expr))
         lifted = replace(lifted, expr=found.expr if found.fill is None else
                          E.where(found.keep, found.expr, found.fill))
         self.check(lifter, lifted, lives, tables.found)
@@ -140,10 +175,12 @@ class _Inlining:
                               for e in (lifted.expr, found.expr, found.keep))
         blind = key_lifetimes.blind(operands, lifter, lives[0]) if found.blind else E.FALSE
         inner = E.where(blind, found.fill, inner)
-        dearest = DEAREST if not self.has_block_table(lifter, lifted) else DEAREST_BLOCKS
-        if instructions(whole, Spec(operands=operands.described)) > dearest:
+        dearest = DEAREST if not self.has_block_table(lifter, lifted) and not (
+            relative_tables.has_rows(tables.found)) else DEAREST_BLOCKS
+        if instructions(low_rank.without(whole), Spec(operands=operands.described)) > dearest:
             raise Unliftable("more arithmetic than a load costs")
         changes = self.put(slot, inner)
+        rank = low_rank.admit(operands, self.spec, changes)
         if found.fill is not None:
             mask = self.mask(lifter, tensor.node, found.keep, keep)
             changes["mask"] = self.spec.mask & (mask if blind is E.FALSE else mask | Where(blind))
@@ -157,9 +194,16 @@ class _Inlining:
         self.operands = operands
         forms = dict.fromkeys(
             t.words for name, t in tables.found.items() if name in lifted.expr.slots)
+        forms.update((self.blocks.by_slot[s].words, None) for s in sorted(
+            lifted.expr.slots & self.blocks.by_slot.keys()))
         if self.has_block_table(lifter, lifted) and lifted.expr.dtype == E.FLOAT:
             forms["separable per axis"] = None
+        if rank:
+            forms[f"low rank {rank}"] = None
         forms.update((f"best {life.what.count} keys of a row", None) for life in lives)
+        axes = {o.slot: o.axes for o in operands.described}
+        if not forms and isinstance(form_of(inner, axes), ClosedForm):
+            forms["closed form, computed in the kernel"] = None
         self.taken[slot] = " & ".join(forms) or "computed in the kernel"
         self.guards |= lifted.guards | tables.guards
         self.interior |= interior
@@ -170,7 +214,8 @@ class _Inlining:
         """Nothing of queries x keys is loaded, and nothing that rounds decides."""
         made = frozenset[Expr]().union(*(life.made for life in lives))
         for node in lifted.expr.walk():
-            if node.op == "load" and node not in made and node.value not in tables:
+            if node.op == "load" and node not in made and node.value not in tables \
+                    and node.value not in self.blocks:
                 along = frozenset().union(*(i.indices for i in node.args))
                 source = lifted.loads[node.value]
                 val = source.meta.get("val")
@@ -186,8 +231,8 @@ class _Inlining:
             raise Unliftable("a choice by what is rounded")
 
     def has_block_table(self, lifter: FloatLifter, lifted: Lifted) -> bool:
-        return any(is_block_table(lifter, lifted.loads[n.value], n.args)
-                   for n in lifted.expr.leaves if n.value in lifted.loads and n.args)
+        return any(n.value in self.blocks or n.value in lifted.loads and is_block_table(
+            lifter, lifted.loads[n.value], n.args) for n in lifted.expr.leaves if n.args)
 
     def region(self, slot: str, loads: set[fx.Node]) -> set[fx.Node]:
         """The nodes between the loads and the operand, which the Spec computes in their place.
@@ -250,9 +295,12 @@ class _Inlining:
                 or not is_added(spec.logits, slot) or slot in spec.weights.slots:
             return Computed(e)
         keep = key_lifetimes.seen(lifter, found.keep, lives)
-        kept = not keep.slots and rows_kept(lifter.logic, [spec.mask, Where(keep)])
+        kept = not keep.slots and rows_kept(lifter.logic, [spec.mask, Where(keep)]) \
+            or spec.mask is ALL and self.blocks.rows_kept(keep)
         if found.fill == -math.inf:
-            return found if kept or spec.empty_row == "nan" else Computed(e)
+            # Where a table leaves a row without a key, its gradients are NaN only if it is added.
+            blind = not kept and keep.slots & self.blocks.by_slot.keys()
+            return found if kept or spec.empty_row == "nan" and not blind else Computed(e)
         # A finite fill: no row may lose all keys, and nothing else may hide keys on its own.
         others = [self.analysis.provenance(t.node).parts
                   for s, t in self.canonical.operands.items() if s != slot and s not in self.taken]
@@ -300,9 +348,12 @@ class _Inlining:
         loaded = {s.node for t in operands.values() for s in t.sources}
         canonical = replace(self.canonical, spec=self.spec, operands=operands,
                             computed=frozenset(self.interior - loaded))
-        return Inlined(canonical, self.taken, frozenset(self.guards), self.saved())
+        return Inlined(canonical, self.taken | self.read, frozenset(self.guards), self.saved(),
+                       self.operands.rank(self.spec.logits))
 
     def saved(self) -> tuple[float, ...]:
+        if not self.taken:
+            return ()
         readers = max(len(self.program.users(self.canonical.operands[s].node)) for s in self.taken)
         sizes = [math.prod(map(hint, n.meta["val"].shape)) for n in self.interior
                  if is_tensor(n) and not _is_view(n)]

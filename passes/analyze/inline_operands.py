@@ -6,16 +6,20 @@ slopes of heads, the positions of keys); any other is a table with its indices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.spec import Operand, leading_axes
-from attnopt.passes.analyze.lift import Index, Lifter
-from attnopt.passes.canonical import Canonical, Tensor
+from attnopt.kernels import block_maps
+from attnopt.passes.analyze.block_tables import BlockTable
+from attnopt.passes.analyze.lift import Index, Lifter, Unliftable
+from attnopt.passes.analyze.lift_floats import FloatLifter
+from attnopt.passes.canonical import Canonical, Recipe, Tensor
 from attnopt.passes.recognize.axes import Axis, resolve
 
 
@@ -44,6 +48,8 @@ class Operands:
         def operand(n: Expr) -> Expr | None:
             if n.op == "load" and n not in self.bound:
                 self.bound[n] = self._declare(lifter, n)
+            elif n.op == "inner" and n not in self.bound:
+                self.bound[n] = self._factors(lifter, n)
             return self.bound.get(n)
         return e.replace(operand)
 
@@ -60,9 +66,12 @@ class Operands:
         return self.canonical.spec.operand(slot), self.canonical.operands[slot]
 
     def _declare(self, lifter: Lifter, n: Expr) -> Expr:
+        if n.value in lifter.values.patterns.blocks:
+            self.declare_blocks(n.value, lifter.values.patterns.blocks.by_slot[n.value])
+            return n
         slot = self.new_slot()
         node = lifter.nodes[n.value]
-        axes = self._axes(lifter, node, n.args)
+        axes = self._axes(lifter, node.meta["val"].shape, n.args)
         if axes is None:
             own = tuple((Axis(size),) for size in node.meta["val"].shape)
             self.declared[slot] = Operand(slot, None, n.dtype, "table"), Tensor(node, own, own)
@@ -75,12 +84,54 @@ class Operands:
                                Tensor(node, layout, self.scores))
         return E.load(slot, dtype=n.dtype)
 
-    def _axes(self, lifter: Lifter, node: fx.Node, idx: Index) -> list[tuple[str, ...]] | None:
+    def declare_blocks(self, slot: str, table: BlockTable) -> None:
+        """Bind a slot to a constant table of blocks, which the rewritten graph makes."""
+        place = dict(zip(self.names, map(resolve, self.scores), strict=True))
+        rows, keys = place["q"], place["k"]
+        target = (place["h"], rows, keys) if table.heads else (rows, keys)
+        kept = table.kept if table.heads else table.kept[0]
+        recipe = Recipe(
+            torch.ops.attnopt.block_map.default, (self.canonical.query,), (rows, keys),
+            block_maps.table_text(kept, table.block_q, table.block_k), torch.bool,
+            (*[1] * table.heads, table.block_q, table.block_k))
+        self.declared[slot] = (Operand(slot, None, E.BOOL, "mask"),
+                               Tensor(self.canonical.query.node, target, target, recipe))
+
+    def _factors(self, lifter: Lifter, n: Expr) -> Expr:
+        """A low-rank term with its factors (*L, Q, R) and (*L, K, R) as operands."""
+        assert isinstance(lifter, FloatLifter)
+        place = dict(zip(self.names, map(resolve, self.scores), strict=True))
+        slots = []
+        for name, own in zip(n.value, "qk", strict=True):
+            node, idx = lifter.factors[name]
+            at = idx.index(E.index("d"))
+            shape = list(node.meta["val"].shape)
+            columns = (Axis(shape.pop(at)),)
+            axes = self._axes(lifter, shape, (*idx[:at], *idx[at + 1 :]))
+            if axes is None or sum(own in run for run in axes) != 1:
+                raise Unliftable(f"{node.name} does not follow the axes of the scores")
+            layout = [tuple(a for axis in run for a in place[axis]) for run in axes]
+            layout.insert(at, columns)
+            target = (*self.scores[:-2], place[own], columns)
+            slot = self.new_slot()
+            along = tuple(a for a in self.names if any(a in run for run in axes))
+            self.declared[slot] = (Operand(slot, along, E.FLOAT, "factor"),
+                                   Tensor(node, tuple(layout), target))
+            slots.append(slot)
+        return E.inner(*slots)
+
+    def rank(self, e: Expr) -> int:
+        """Columns of the low-rank terms of an expression of operands."""
+        return sum(self.declared[leaf.value[0]][1].target[-1][0].size
+                   for leaf in e.leaves if leaf.op == "inner")
+
+    def _axes(self, lifter: Lifter, shape: Sequence[Any], idx: Index
+              ) -> list[tuple[str, ...]] | None:
         """The score axes that every dimension of a load follows; None where one follows none."""
         logic, names = lifter.logic, self.names
         runs = [names[i:j] for i in range(len(names)) for j in range(i + 1, len(names) + 1)]
         found: list[tuple[str, ...]] = []
-        for n, i in zip(node.meta["val"].shape, idx, strict=True):
+        for n, i in zip(shape, idx, strict=True):
             if n == 1:
                 found.append(())
                 continue

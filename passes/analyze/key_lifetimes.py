@@ -65,7 +65,8 @@ def chosen(node: fx.Node) -> Chosen | None:
         numbers, least = (node.args[i] for i in sides)
         top = _piece(_threshold(least), 0)
         if top is not None and top[0] is numbers:
-            return Chosen(top[0], top[1], "kth", top[3])
+            smallest = isinstance(least, fx.Node) and op_name(least) == "amin"
+            return Chosen(top[0], top[1], "least" if smallest else "kth", top[3])
     return None
 
 
@@ -160,7 +161,8 @@ def resolve(lifter: Lifter, lifted: Lifted, operand: fx.Node) -> tuple[Lifted, l
 
     e, found = lifted.expr, []
     for n in sorted(lifted.expr.leaves, key=str):
-        if n.op == "load" and n.args and is_choice(lifter.nodes[n.value], n.args):
+        if n.op == "load" and n.args and n.value in lifter.nodes \
+                and is_choice(lifter.nodes[n.value], n.args):
             life = _read(lifter, n, operand)
             _demand_no_other(lifter, e, n, life)
             alive = lifter.logic.conj(*life.alive(lifter))

@@ -110,6 +110,9 @@ class Lifter:
     values:   shared between lifters of one graph, so that values are computed once
     """
 
+    #: may a place that a view moves to the next row be a choice between two places?
+    wraps = False
+
     def __init__(self, graph: fx.Graph, kind_of: Mapping[str, str],
                  value_of: Callable[[str], Tensor | None],
                  lengths: Mapping[str, int | torch.SymInt], values: Values | None = None) -> None:
@@ -133,9 +136,20 @@ class Lifter:
             raise ValueError(f"indices must be {rank}, got {len(indices)}")
         self._guards, self.logic.work = set(), 0
         e = self.element(node, indices)
-        used = {leaf.value: self.nodes[leaf.value] for leaf in e.leaves
-                if leaf.op == "load" and leaf.value not in self.values.patterns}
+        used = {slot: self.nodes[slot] for slot in e.slots if slot not in self.values.patterns
+                and slot not in self.values.patterns.blocks}
         return Lifted(e, used, frozenset(self._guards))
+
+    def by_value(self, node: fx.Node, indices: Index) -> Lifted:
+        """The element of a node that depends on no input, by its values alone.
+
+        Raises Unliftable.
+        """
+        sources = self.values.sources(node)
+        found = None if sources is None else self._by_value(node, indices)
+        if found is None or sources is None:
+            raise Unliftable(f"{node.name}: its values have no form")
+        return Lifted(found, {}, sources)
 
     def indices(self, layout: Layout) -> Index:
         """The indices of a tensor whose dimensions follow the given score axes."""
@@ -231,6 +245,10 @@ class Lifter:
         """A load of the node's own tensor."""
         self.nodes[node.name] = node
         return E.load(node.name, *idx, dtype=kind(node.meta["val"].dtype))
+
+    def looked_up(self, table: fx.Node, places: Index) -> Expr:
+        """The element of a table at places that may be case trees."""
+        return self.logic.spread(lambda *at: self.element(table, at), *places)
 
     def operand(self, x: Any, idx: Index) -> Expr:
         """The element of an argument that is broadcast to the result: a tensor, a size, a number.

@@ -18,8 +18,10 @@ from torch import Tensor, fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.passes.analyze import lift_tables
 from attnopt.passes.analyze.key_lifetimes import is_choice
 from attnopt.passes.analyze.lift import Bound, Index, Lifter, Unliftable, bind
+from attnopt.passes.analyze.lift_contractions import CONTRACTIONS, contract
 from attnopt.passes.analyze.lift_types import dtype_of, pointwise, typed_leaf, whole_number
 from attnopt.passes.analyze.selections import is_block_table
 from attnopt.passes.normalize import is_tensor, op_name
@@ -34,7 +36,14 @@ Rule = Callable[["FloatLifter", fx.Node, Bound, Index], Expr]
 
 
 class FloatLifter(Lifter):
-    """A Lifter that keeps float32 arithmetic along both queries and keys."""
+    """A Lifter that keeps float32 arithmetic along both queries and keys.
+
+    factors: the tensors of low-rank terms by name, with their indices; d is the one summed over
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.factors: dict[str, tuple[fx.Node, Index]] = {}
 
     def _element(self, node: fx.Node, idx: Index) -> Expr:
         both = _along_both(idx)
@@ -53,7 +62,7 @@ class FloatLifter(Lifter):
             rule = _RULES.get(op_name(node)) if node.op == "call_function" else None
             if rule is None or not both or node.meta.get("attnopt_opaque"):
                 raise
-            if dtype_of(node) != torch.float32:
+            if dtype_of(node) != torch.float32 and op_name(node) not in CONTRACTIONS:
                 raise Unliftable(f"{node.name}: {op_name(node)} of {dtype_of(node)}") from why
         try:
             return rule(self, node, bind(node), idx)
@@ -71,9 +80,11 @@ class FloatLifter(Lifter):
         return super()._by_value(node, idx)
 
     def _named_table(self, table: Tensor, idx: Index) -> Expr | None:
-        """What a kernel evaluates is the mask's own predicate."""
+        """What a kernel evaluates is the mask's own predicate, or a look-up of blocks."""
         found = super()._named_table(table, idx)
-        return None if found is None else self.values.patterns.expand(found)
+        if found is not None:
+            return self.values.patterns.expand(found)
+        return lift_tables.fit_blocks(self.values.patterns, table, idx, self.logic.lengths)
 
     def float32(self, e: Expr, x: Any) -> Expr:
         """A leaf of argument `x` as torch converts it to float32."""
@@ -198,13 +209,15 @@ def _outer(lift: FloatLifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
 
 
 def _einsum(lift: FloatLifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
-    """A product without a contraction, as in "h,qk->hqk"."""
+    """A product without a contraction, as in "h,qk->hqk", or with one."""
+    if dtype_of(node) != torch.float32:
+        return contract(lift, node, a, idx)
     inputs, arrow, output = a.equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     plain = arrow and "." not in a.equation and all(
         len(set(t)) == len(t) for t in (*terms, output)) and set(output) == set("".join(terms))
     if not plain or len(terms) != len(a.tensors):
-        raise Unliftable("a contraction")
+        return contract(lift, node, a, idx)
     place = dict(zip(output, idx, strict=True))
     return _product(lift, [(x, tuple(place[c] for c in term))
                            for x, term in zip(a.tensors, terms, strict=True)])
@@ -231,6 +244,7 @@ def _convert(lift: FloatLifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
 
 
 _RULES: dict[str, Rule] = {
+    **dict.fromkeys(CONTRACTIONS, contract),
     **dict.fromkeys(("add", "__add__"), _sum("add")),
     **dict.fromkeys(("sub", "subtract"), _sum("sub")), "rsub": _sum("sub", swap=True),
     **dict.fromkeys(("mul", "multiply"), _pointwise(_call("mul"), "self", "other")),

@@ -57,7 +57,7 @@ def index(lift: Lifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
 
 def _gather(lift: Lifter, table: fx.Node, idx: Index) -> Expr:
     """table[idx] where an index may be a case tree."""
-    return lift.logic.spread(lambda *places: lift.element(table, places), *idx)
+    return lift.looked_up(table, idx)
 
 
 def index_select(lift: Lifter, node: fx.Node, a: Bound, idx: Index) -> Expr:

@@ -19,6 +19,7 @@ from torch import Tensor
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.passes.analyze import table_reading
+from attnopt.passes.analyze.block_tables import BlockTables
 from attnopt.passes.analyze.neighbourhoods import GridMask
 from attnopt.passes.analyze.tables import LARGEST, Table
 
@@ -39,6 +40,8 @@ class Patterns:
     """The named tables of one graph: by the literal's name, and by content."""
 
     by_name: dict[str, Pattern] = field(default_factory=dict)
+    #: constant masks of blocks, for kernels that look blocks up
+    blocks: BlockTables = field(default_factory=BlockTables)
     seen: list[tuple[Tensor, Pattern | None]] = field(default_factory=list)
 
     def __contains__(self, slot: object) -> bool:
@@ -98,7 +101,7 @@ def _always(table: Tensor) -> frozenset[Expr]:
 def fit(patterns: Patterns, table: Tensor, idx: tuple[Expr, ...],
         lengths: Mapping[str, Expr]) -> Expr | None:
     """The element of a table of two values at `idx` by a named mask; None where it has none."""
-    cut = _at_score(table, idx, lengths)
+    cut = at_score(table, idx, lengths)
     if cut is None or cut.numel() > LARGEST:
         return None
     values = _two_values(cut)
@@ -116,6 +119,19 @@ def fit(patterns: Patterns, table: Tensor, idx: tuple[Expr, ...],
     return E.where(literal, yes, no)
 
 
+def fit_blocks(patterns: Patterns, table: Tensor, idx: tuple[Expr, ...],
+               lengths: Mapping[str, Expr]) -> Expr | None:
+    """The element of a table of two values at `idx` by look-up of its block; None where it is not
+    made of blocks."""
+    cut = at_score(table, idx, lengths)
+    values = None if cut is None or cut.numel() > LARGEST else _two_values(cut)
+    if cut is None or values is None:
+        return None
+    low, high = values
+    kept = patterns.blocks.exact(cut if cut.dtype == torch.bool else cut == high)
+    return kept if kept is None or cut.dtype == torch.bool else E.where(kept, high, low)
+
+
 def _two_values(table: Tensor) -> tuple[Any, Any] | None:
     """(low, high) of a table that holds just these."""
     if table.dtype == torch.bool:
@@ -129,7 +145,7 @@ def _two_values(table: Tensor) -> tuple[Any, Any] | None:
     return low + type(low)(0), high + type(high)(0)  # no negative zero
 
 
-def _at_score(table: Tensor, idx: tuple[Expr, ...], lengths: Mapping[str, Expr]) -> Tensor | None:
+def at_score(table: Tensor, idx: tuple[Expr, ...], lengths: Mapping[str, Expr]) -> Tensor | None:
     """The table as (H or 1, Q, K), where its indices are these axes, from some place on."""
     axes: list[str] = []
     for e in idx:

@@ -14,6 +14,7 @@ from torch import fx
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.passes.analyze.lift import Bound, Index, Lifter, Unliftable, bind, hint
+from attnopt.passes.analyze.relative_shift import unflattened
 from attnopt.passes.normalize import op_name
 
 _ZERO = E.const(0)
@@ -101,7 +102,7 @@ def view(lift: Lifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
     sizes = [[hint(n) for n in x.meta["val"].shape] for x in (node, source)]
     if 0 in sizes[0]:
         raise Unliftable("an empty tensor")
-    made: list[Expr] = []
+    pieces = []
     i = j = 0
     while i < len(new) or j < len(old):
         first, start = i, j
@@ -117,13 +118,59 @@ def view(lift: Lifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
         flat = _ZERO
         for d in range(first, i):
             flat = logic.add(logic.mul(flat, new[d]), idx[d] if sizes[0][d] != 1 else _ZERO)
-        parts = []
-        for d in range(j - 1, start - 1, -1):
-            outermost = all(n == 1 for n in sizes[1][start:d])
-            parts.append(flat if outermost else logic.mod(flat, old[d]))
-            flat = _ZERO if outermost else logic.floordiv(flat, old[d])
-        made.extend(reversed(parts))
-    return lift.element(source, tuple(made))
+        pieces.append((flat, old[start:j], sizes[1][start:j]))
+    return _at_places(lift, source, pieces)
+
+
+def _at_places(lift: Lifter, source: fx.Node, pieces: list[tuple[Expr, list[Expr], list[int]]]
+               ) -> Expr:
+    """The element at row-major places in groups of dimensions: without cases where that can be."""
+    def element(cases: bool) -> Expr:
+        places = [i for piece in pieces for i in unflattened(lift.logic, *piece, cases)]
+        if any(i.op == "where" for i in places):
+            return lift.logic.spread(lambda *at: lift.element(source, at), *places)
+        return lift.element(source, tuple(places))
+    try:
+        return element(False)
+    except Unliftable:
+        if not lift.wraps:
+            raise
+        return element(True)
+
+
+#: results of a tensor of their own, whatever their arguments are
+_FRESH = ("matmul", "bmm", "mm", "einsum", "cat", "constant_pad_nd", "pad", "clone", "linear")
+#: views and copies through which a tensor with that order of elements stays what it is
+_SAME = ("contiguous", "view", "reshape", "_unsafe_view", "flatten", "unsqueeze", "alias")
+
+
+def as_strided(lift: Lifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
+    """Elements by their place in memory, of a tensor whose order of elements is known."""
+    source, logic = a.self, lift.logic
+    owner = source
+    while owner.op == "call_function" and op_name(owner) in _SAME and isinstance(
+            owner.args[0], fx.Node) and owner.meta["val"].is_contiguous():
+        owner = owner.args[0]
+    plain = [n.meta["val"].is_contiguous() for n in (owner, source)]
+    offset = a.get("storage_offset", 0)
+    if not all(plain) or owner.op != "call_function" or op_name(owner) not in _FRESH:
+        raise Unliftable("strides over memory of unknown order")
+    if not isinstance(offset, int) and not _is_size(offset):
+        raise Unliftable("starts at a computed place")
+    flat = lift.size(offset)
+    for i, step in zip(idx, a.stride, strict=True):
+        flat = logic.add(flat, logic.mul(i, lift.size(step)))
+    lengths = lift.shape(source)
+    sizes = [hint(n) for n in source.meta["val"].shape]
+    if not logic.nonneg(flat) or not logic.nonneg(logic.sub(
+            logic.sub(logic.product(lengths), E.const(1)), flat)):
+        raise Unliftable("strides out of its tensor")
+    return _at_places(lift, source, [(flat, lengths, sizes)])
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, torch.SymInt) or isinstance(x, fx.Node) and isinstance(
+        x.meta.get("val"), int | torch.SymInt)
 
 
 def start_of(lift: Lifter, position: Any, length: Any) -> Expr:
@@ -248,4 +295,5 @@ VIEWS = {
     "permute": permute, "unsqueeze": unsqueeze, "squeeze": squeeze, "slice": slice_,
     "narrow": narrow, "select": select, "diagonal": diagonal, "unfold": unfold,
     "getitem": getitem, "repeat_interleave": repeat_interleave, "roll": roll,
+    "as_strided": as_strided,
 }

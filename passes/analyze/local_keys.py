@@ -39,9 +39,12 @@ from attnopt.passes.analyze.movement import Mover
 from attnopt.passes.analyze.neighbours import Structure
 from attnopt.passes.analyze.neighbours import structure as read_structure
 from attnopt.passes.analyze.provenance import Analysis
+from attnopt.passes.analyze.regather_tokens import NAME as GATHERED
+from attnopt.passes.analyze.regather_tokens import NotLocal
 from attnopt.passes.analyze.structure import Facts
 from attnopt.passes.canonical import Canonical, Target
 from attnopt.passes.canonical import Tensor as Placed
+from attnopt.passes.normalize import op_name
 from attnopt.passes.recognize.axes import Axis, Layout, axes_of, resolve, settle
 from attnopt.passes.recognize.program import Program
 from attnopt.passes.recognize.reader import Loaded
@@ -80,7 +83,13 @@ def analyze_local(program: Program, analysis: Analysis, canonical: Canonical,
                     exc_info=log.isEnabledFor(logging.DEBUG))
         tried.append(f"local-attention: {type(error).__name__}: {error}")
     if local is None:
-        return structure.analyze(analysis, canonical)
+        found, facts = structure.analyze(analysis, canonical)
+        if any(op_name(t.node) == GATHERED for t in found.tensors):
+            raise NotLocal("moved scores that are no local attention: "
+                           + (tried[-1] if tried else "keys are not copied"))
+        if canonical.site.rows_share < 1:
+            facts.gained.append("rows whose gate is 0")
+        return found, facts
     found, facts = structure.analyze(analysis, local.canonical)
     facts.guards |= local.guards
     facts.gained.append("copies of the keys and values for every query")

@@ -186,11 +186,17 @@ def _copy(m: Mover, node: fx.Node, a: Bound, index: Index, where: Tensor) -> lis
     return m.pull(a.src, aligned(index, a.src), where)
 
 
+def _gathered(m: Mover, node: fx.Node, a: Bound, index: Index, where: Tensor) -> list[Piece]:
+    from attnopt.passes.analyze.regather_tokens import rule
+
+    return rule(m, node, index, where)
+
+
 PIECES: dict[str, Rule] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
     **dict.fromkeys(("where", "masked_fill"), _where),
     "stack": _stack, "im2col": _im2col, "index": _index, "index_select": _index_select,
     "gather": _gather, "slice_scatter": _slice_scatter, "select_scatter": _select_scatter,
-    "copy": _copy,
+    "copy": _copy, "gathered_tokens": _gathered,
 }

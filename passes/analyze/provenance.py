@@ -105,6 +105,8 @@ class Analysis:
         self.origins = Origins(kind_of)
         self._lifters: dict[tuple[object, ...], Lifter] = {}
         self._found: dict[tuple[object, ...], Finding] = {}
+        #: values on the example inputs, for the cost model (`attnopt.passes.examples`)
+        self.examples: Values | None = None
         #: names of predicates at known lengths
         self.names: dict[tuple[object, ...], GridMask | None] = {}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Mask, Where
+from attnopt.ir.spec import Spec
 from attnopt.passes.analyze.naming import named_layout
 from attnopt.passes.analyze.provenance import Analysis, Finding
 from attnopt.passes.analyze.windows import read_moves
@@ -229,11 +230,22 @@ def _find(analysis: Analysis, canonical: Canonical, slot: str, role: str,
     return finding
 
 
-def words(facts: Facts, roles: Mapping[str, str]) -> tuple[str, str]:
+def words(facts: Facts, spec: Spec, roles: Mapping[str, str]) -> tuple[str, str]:
     """(mask, bias) as short texts for the report."""
     carried = {s: w for s, w in facts.words.items() if w and s not in facts.taken}
     masks = list(facts.phrases)
     hiding = facts.hiding | {s for s in carried if roles.get(s) == "mask"}
     masks += [w for s, w in carried.items() if s in hiding]
-    biases = [w for s, w in carried.items() if s not in hiding and roles.get(s) is not None]
+    forms = {o.slot: _form(o.axes) for o in spec.operands if o.role == "bias"}
+    biases = [w + forms.get(s, "") for s, w in carried.items()
+              if s not in hiding and roles.get(s) not in (None, "gate")]
     return " & ".join(dict.fromkeys(masks)), " + ".join(dict.fromkeys(biases))
+
+
+def _form(axes: tuple[str, ...] | None) -> str:
+    """What the axes say of a bias that is an operand."""
+    if axes is None or not {"q", "k"} & set(axes):
+        return ""
+    if "k" not in axes:
+        return ", row constant"
+    return ", dense" if "q" in axes else ", key vector"

@@ -61,6 +61,8 @@ class Attention:
     #: author's own fused call, if it was one
     sdpa: bool = False
     fixed: dict[Axis, int] = field(default_factory=dict)
+    #: share of the rows that gates behind the attention leave, as far as it can be foreseen
+    rows_share: float = 1.0
     detached: bool = False
 
     @property

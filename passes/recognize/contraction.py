@@ -144,7 +144,7 @@ def _spell(term: str, rank: int) -> str:
     return term.replace("...", "987654321"[9 - missing:] if missing else "")
 
 
-def _sum_of_product(node: fx.Node) -> Contraction | None:
+def sum_of_product(node: fx.Node) -> Contraction | None:
     source = node.args[0]
     if not is_tensor(source) or op_name(source) != "mul":  # type: ignore[arg-type]
         return None
@@ -180,5 +180,5 @@ def reduced_dims(node: fx.Node) -> tuple[frozenset[int], bool]:
 
 _READERS = {
     "matmul": _matmul, "bmm": _matmul, "mm": _matmul, "mv": _matmul, "baddbmm": _with_addend,
-    "addmm": _with_addend, "einsum": _einsum, "sum": _sum_of_product,
+    "addmm": _with_addend, "einsum": _einsum, "sum": sum_of_product,
 }

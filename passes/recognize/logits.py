@@ -12,6 +12,7 @@ from attnopt.passes.recognize.axes import (
     axes_of,
     broadcast,
     meet,
+    product,
     settle,
     shape_of,
 )
@@ -35,7 +36,8 @@ def read_logits(program: Program, node: fx.Node, layout: Layout, outer: Reader, 
     candidates = sorted((s for s in program.sources[node] if raw_score(s) is not None),
                         key=program.order.__getitem__)
     first: Decline | None = None
-    ranked = sorted(candidates, key=lambda s: not is_activation_pair(program, s))
+    # Of several the widest: a product over few channels is a bias of low rank.
+    ranked = sorted(candidates, key=lambda s: (not is_activation_pair(program, s), -_width(s)))
     for candidate in ranked:
         try:
             return _logits_over(program, node, layout, outer, candidate)
@@ -51,6 +53,13 @@ def is_activation_pair(program: Program, node: fx.Node) -> bool:
     raw = raw_score(node)
     assert raw is not None
     return all(program.on_input(side[0]) for side in (raw.left, raw.right))
+
+
+def _width(node: fx.Node) -> int:
+    """Channels that the scores are summed over; 0 where it is not known."""
+    raw = raw_score(node)
+    width = product(raw.contracted) if raw is not None else 0
+    return width if isinstance(width, int) else 0
 
 
 def _logits_over(program: Program, node: fx.Node, layout: Layout, outer: Reader,

@@ -15,6 +15,7 @@ from attnopt.passes.normalize import op_name
 from attnopt.passes.recognize.attention import Attention, Miss
 from attnopt.passes.recognize.by_hand import read_by_hand
 from attnopt.passes.recognize.contraction import Contraction, contraction
+from attnopt.passes.recognize.gates import take_gates
 from attnopt.passes.recognize.heads import head_mix
 from attnopt.passes.recognize.program import SDPA, SOFTMAX, Program
 from attnopt.passes.recognize.scores import raw_score
@@ -44,6 +45,7 @@ def recognize(program: Program) -> tuple[list[Attention], list[Miss]]:
                 continue  # the product is read as well: no contraction
             _try_contraction(program, second, found, reasons, reassociable)
     taken = {a.anchor for a in found}
+    take_gates(program, found)
     for site in found:
         site.escapes = _escapes(program, site, _scoring(program, found, site))
     for node in program.nodes:

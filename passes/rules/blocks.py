@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnopt import kernels
 from attnopt.ir.spec import Schedule
+from attnopt.passes.rules import memory
 from attnopt.passes.rules.cost import local, pays
 from attnopt.rules import Decline, Match, Region, Rule
 
@@ -16,12 +17,16 @@ class RowBlocks(Rule):
         if "aten" not in region.lowerings:
             raise Decline("backend leaves out aten")
         local(region)
-        if region.authored == "sdpa" and not region.approximate:
+        spec = (memory.in_blocks(region) if memory.wanted(region) else None) or region.spec
+        smaller = memory.saves(region, spec, "aten:blocks")
+        if region.authored == "sdpa" and not region.approximate and not smaller:
             raise Decline("the author's own fused call, nothing to add")
         if region.training:
             raise Decline("in training the composition is what its gradient needs")
-        reasons = kernels.reasons(region.spec, "aten:blocks", dtypes=region.dtypes)
+        reasons = kernels.reasons(spec, "aten:blocks", dtypes=region.dtypes)
         if reasons:
             raise Decline(reasons[0])
         pays(region)
-        return Match(region.spec, Schedule("aten:blocks"))
+        tile = memory.block_tile(region) if memory.wanted(region) else ()
+        return Match(spec, Schedule("aten:blocks", tile),
+                     memory=memory.words(region, spec, "aten:blocks"))

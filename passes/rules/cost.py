@@ -25,6 +25,9 @@ FEWEST_SCORES = 32_768
 #: all that is done to it (measured 5.7 for a gather to 19 for F.unfold, head_dim 32, 7x7, on a CPU,
 #: one thread, float32; on a GPU some six passes of 4 bytes), and for a block of queries
 COPIED = {"cpu": (5.0, 1.0), "cuda": (0.01, 0.004)}
+#: what gathering the rows that a gate leaves adds, as a share of the seconds of all rows (measured
+#: 0.06 to 0.15 at 1024 and 2048 keys, head_dim 64, on a CPU, one thread, float32)
+GATHERED = 0.1
 #: elements of an operand whose values are looked at to count the tiles that it hides
 LARGEST_TABLE = 1 << 20
 #: take what a rule can take, whether it pays or not: for tests
@@ -35,7 +38,7 @@ def pays(region: Region) -> None:
     """Decline a region of known lengths that is too small; unknown lengths are taken to be large.
     """
     lengths = region.lengths[:-2]
-    if region.approximate:
+    if region.approximate or region.prefer == "memory":
         return
     if region.device != "cpu" or not all(isinstance(n, int) for n in lengths):
         return
@@ -51,8 +54,14 @@ def problem_of(region: Region, spec: Spec | None = None) -> kernels.Problem:
     """A region, with another form of its Spec if given, as the cost model takes it; lengths that
     are not known are those of the example."""
     query, key, value = region.shapes
+    spec = spec or region.spec
+    dtype, made = region.dtypes[0], kernels.low_rank.widening(spec)
+    if made is not None and (region.device == "cpu" or made.factor is None):
+        # A GPU kernel has the second product of its own, which costs as much.
+        spec, query, key = kernels.low_rank.widened(spec, query, key, region.rank)
+        dtype = torch.promote_types(dtype, torch.float32) if region.device == "cpu" else dtype
     tables = {slot: t for slot, t in region.tables.items() if t.numel() <= LARGEST_TABLE}
-    return kernels.Problem(spec or region.spec, query, key, value, region.dtypes[0],
+    return kernels.Problem(spec, query, key, value, dtype,
                            region.training, device=region.device, tables=kernels.Tables(tables))
 
 
@@ -84,6 +93,12 @@ def original(region: Region, problem: kernels.Problem) -> float:
     whole = replace(problem, query=(*lead, blocks, rows, dim), key=(*lead, blocks, keys, dim),
                     value=(*lead, blocks, keys, value[-1]))
     return seconds + kernels.original(whole, region.authored)
+
+
+def rows(region: Region) -> float:
+    """Share of the seconds of all rows that those cost which a gate leaves, gathered (`GATHERED`).
+    """
+    return min(1.0, region.rows + GATHERED) if region.rows < 1 else 1.0
 
 
 def local(region: Region) -> None:

@@ -7,10 +7,12 @@ what it declines goes to the rules that compose from ATen.
 
 from __future__ import annotations
 
+import math
+
 from attnopt import kernels
 from attnopt.cost.choose import Estimate
 from attnopt.ir.spec import Schedule, Spec
-from attnopt.passes.rules import cost
+from attnopt.passes.rules import cost, memory
 from attnopt.rules import Decline, Match, Region, Rule
 
 
@@ -25,18 +27,22 @@ class Generated(Rule):
         spec, best, seconds = self.form(region, lowering)
         problem = cost.problem_of(region)
         made = cost.construction(region)
-        others = [cost.original(region, problem) + made]
+        others = [(cost.original(region, problem) + made, memory.of_author(region))]
         if "aten" in region.lowerings and region.copies is None:
             other = kernels.estimates(problem, (kernels.aten_lowering(
                 region.spec, region.dtypes[0], region.training),)).best
             if other is not None:
-                others.append(other.seconds + made)
-        verdict = kernels.worth(min(others), seconds)
+                others.append((other.seconds + made, memory.held(
+                    region, region.spec, other.candidate.lowering)))
+        own = memory.held(region, spec, lowering)
+        rivals = [s for s, elements in others if elements <= own or not memory.wanted(region)]
+        verdict = kernels.worth(min(rivals, default=math.inf), seconds)
         if not verdict.pays and not cost.TAKE_ALL and not region.approximate:
             raise Decline(verdict.text)
         tile = best.candidate.tile if region.fixed else ()
         # Of unknown lengths, the tile is chosen again at each call.
-        return Match(spec, Schedule(best.candidate.lowering, tuple(tile)), others[0] / seconds)
+        return Match(spec, Schedule(best.candidate.lowering, tuple(tile)), others[0][0] / seconds,
+                     memory.words(region, spec, lowering, (min(others)[0], seconds)))
 
     def form(self, region: Region, lowering: str) -> tuple[Spec, Estimate, float]:
         """The form of the Spec that the kernel computes, its best tile, and the seconds that it
@@ -55,7 +61,9 @@ class Generated(Rule):
                                      not region.fixed).best
             if best is not None:
                 made = 0.0 if spec is region.inlined else cost.construction(region)
-                found.append((spec, best, best.seconds + made))
+                found.append((spec, best, cost.rows(region) * best.seconds + made))
         if not found:
             raise Decline(reason or "no tile fits")
+        if memory.wanted(region):
+            return min(found, key=lambda form: (memory.held(region, form[0], lowering), form[2]))
         return found[0] if cost.TAKE_ALL else min(found, key=lambda form: form[2])

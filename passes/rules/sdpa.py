@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from attnopt import kernels
 from attnopt.ir.spec import Schedule
+from attnopt.passes.rules import memory
 from attnopt.passes.rules.cost import local, pays
 from attnopt.rules import Decline, Match, Region, Rule
 
@@ -30,4 +31,10 @@ class FusedSoftmax(Rule):
         if reasons:
             raise Decline(reasons[0])
         pays(region)
-        return Match(region.spec, Schedule("aten:sdpa"))
+        smaller = memory.in_blocks(region)
+        if memory.wanted(region) and smaller is not None and (
+                memory.held(region, smaller, "aten:blocks")
+                < memory.held(region, region.spec, "aten:sdpa")):
+            raise Decline("a mask of queries x keys, where row blocks hold none")
+        return Match(region.spec, Schedule("aten:sdpa"),
+                     memory=memory.words(region, region.spec, "aten:sdpa"))

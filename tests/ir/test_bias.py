@@ -108,7 +108,8 @@ def test_what_is_no_such_form_is_refused() -> None:
     ClosedForm(-E.load("head") * E.call("abs", q - k)), ClosedForm(E.call("cos", q - k)),
     Lookup("table", q - k + 3), Lookup("table", E.load("index", q, k, dtype=E.INT), (), ""),
     Lookup("table", q - k, ("b", "h"), "q"), Lookup("table", k - q, ("h",), "k"),
-    LowRank("left", "right"), Dense(E.load("dense")), Dense(E.load("unknown")),
+    LowRank("left", "right"), LowRank("left", "right", -0.5),
+    Dense(E.load("dense")), Dense(E.load("unknown")),
     Dense(E.load("key") * E.load("row")), Dense(E.score * 2.0),
     Dense(E.load("key") * E.call("float", q)),
 ])

@@ -46,7 +46,8 @@ def check(original, opt, inputs) -> None:
     assert not wrong, f"{wrong}; {describe(opt)}"
 
 
-QUICK = {"unfolded", "tensor_unfold_biased", "table_biased", "rolled", "chunks_unfolded", "tiled"}
+QUICK = {"unfolded", "tensor_unfold_biased", "table_biased", "rolled", "chunks_unfolded", "tiled",
+         "cost_volume", "skewed_chunks"}
 
 
 def quick_few(table: list[Local], quick: set[str]) -> list[object]:
@@ -190,7 +191,7 @@ def test_gradients_without_sinks() -> None:
 def test_generated_kernel_is_verified(compiled: None, local: Local) -> None:
     original, opt, inputs = optimized(local)
     (site,) = opt.report.sites
-    assert (site.status, site.lowering) == ("rewritten", "cpp"), describe(opt)
+    assert (site.status, site.lowering.partition(":")[0]) == ("rewritten", "cpp"), describe(opt)
     check(original, opt, inputs)
 
 

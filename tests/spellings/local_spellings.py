@@ -344,6 +344,97 @@ def windows_of_heads(self, q, k, v):
     return attend(q, k, v, bias)
 
 
+# -- scores and weights that are moved ----------------------------------------------------------
+OFFSETS = [(i, j) for i in range(K) for j in range(K)]
+
+
+def shifted(x: Tensor, i: int, j: int) -> Tensor:
+    return F.pad(x, (R, R, R, R))[:, :, i : i + HEIGHT, j : j + WIDTH]
+
+
+def cost_volume(self, q, k, v):
+    """Local matching: one correlation for each displacement, and a sum of shifted values."""
+    cost = torch.stack([(q * shifted(k, i, j)).sum(1) for i, j in OFFSETS], 1) / math.sqrt(H * D)
+    weights = cost.softmax(1)
+    found = 0
+    for n, (i, j) in enumerate(OFFSETS):
+        found = found + weights[:, n : n + 1] * shifted(v, i, j)
+    return found
+
+
+def cost_volume_means(self, q, k, v):
+    """Means, of heads, joined along a dimension of their own; values are stacked."""
+    split = (B, H, D, HEIGHT, WIDTH)
+    cost = torch.cat([(q.view(split) * shifted(k, i, j).view(split)).mean(2, keepdim=True)
+                      for i, j in OFFSETS], 2)
+    plane = F.unfold(torch.ones(1, 1, HEIGHT, WIDTH), K, padding=R).view(1, 1, -1, HEIGHT, WIDTH)
+    weights = cost.masked_fill(plane == 0, -math.inf).softmax(2)
+    values = torch.stack([shifted(v, i, j).view(split) for i, j in OFFSETS], 3)
+    return (weights.unsqueeze(2) * values).sum(3)
+
+
+def cost_volume_rolled(self, q, k, v):
+    """Rolled sequences, each product scaled before they are stacked; a stack of results."""
+    shifts = range(-2, 3)
+    cost = torch.stack([torch.einsum("bhnd,bhnd->bhn", q, torch.roll(k, s, 2)) * D**-0.5
+                        for s in shifts], -1)
+    place = torch.arange(TOKENS)[:, None] - torch.tensor(list(shifts))
+    weights = cost.masked_fill((place < 0) | (place >= TOKENS), -math.inf).softmax(-1)
+    return torch.stack([weights[..., i, None] * torch.roll(v, s, 2)
+                        for i, s in enumerate(shifts)]).sum(0)
+
+
+def band_chunks(x: Tensor) -> Tensor:
+    """(b, h, chunk, place, d) of a chunk and WIDE tokens on both of its sides."""
+    return F.pad(x, (0, 0, WIDE, WIDE)).unfold(2, 3 * WIDE, WIDE).transpose(3, 4)
+
+
+def beyond() -> Tensor:
+    place = torch.arange(TOKENS)[:, None] + torch.arange(2 * WIDE + 1) - WIDE
+    return (place < 0) | (place >= TOKENS)
+
+
+def unskewed(weights: Tensor) -> Tensor:
+    """Columns of a band as diagonals: (b, h, n, 2 w + 1) to (b, h, chunk, w, 3 w)."""
+    padded = F.pad(weights.view(B, H, -1, WIDE, 2 * WIDE + 1), (0, WIDE)).flatten(3)
+    return padded[..., :-WIDE].view(B, H, -1, WIDE, 3 * WIDE)
+
+
+def skewed_chunks(self, q, k, v):
+    """Diagonals of the scores of chunks as columns, by padding and viewing (Longformer)."""
+    scores = chunked(q) @ band_chunks(k).transpose(-1, -2) / 2
+    skewed = F.pad(scores.flatten(3), (0, WIDE)).view(B, H, -1, WIDE, 3 * WIDE + 1)
+    band = skewed[..., : 2 * WIDE + 1].reshape(B, H, TOKENS, -1)
+    weights = band.masked_fill(beyond(), -math.inf).softmax(-1)
+    return (unskewed(weights) @ band_chunks(v)).flatten(2, 3)
+
+
+def skewed_strides(self, q, k, v):
+    """Likewise by strides, batch and heads in one dimension, an additive mask."""
+    q, k, v = (x.reshape(B * H, 1, TOKENS, D) for x in (q, k, v))
+    chunks = TOKENS // WIDE
+
+    def around(x):
+        return F.pad(x, (0, 0, WIDE, WIDE)).unfold(2, 3 * WIDE, WIDE).squeeze(1)
+    scores = torch.einsum("acxd,acdy->acxy", q.view(-1, chunks, WIDE, D), around(k)).contiguous()
+    size, row = (B * H, chunks, WIDE, 2 * WIDE + 1), 3 * WIDE
+    band = scores.as_strided(size, (chunks * WIDE * row, WIDE * row, row + 1, 1))
+    bias = torch.zeros(TOKENS, 2 * WIDE + 1).masked_fill(beyond(), -math.inf)
+    weights = (band.reshape(B * H, TOKENS, -1) / 2 + bias).softmax(-1)
+    padded = F.pad(weights.view(size), (0, WIDE)).flatten(2)[..., :-WIDE]
+    found = torch.einsum("acxy,acdy->acxd", padded.view(-1, chunks, WIDE, row), around(v))
+    return found.reshape(B, H, TOKENS, D)
+
+
+def diagonals(self, q, k, v):
+    """Diagonals of the whole score matrix, one after the other (no chunks, values unfolded)."""
+    scores = q @ F.pad(k, (0, 0, 2, 2)).transpose(-1, -2)
+    band = torch.stack([scores.diagonal(i, -2, -1)[..., :TOKENS] for i in range(5)], -1)
+    place = torch.arange(TOKENS)[:, None] + torch.arange(5) - 2
+    weights = band.masked_fill((place < 0) | (place >= TOKENS), -1e9).softmax(-1)
+    return torch.einsum("bhnt,bhndt->bhnd", weights, F.pad(v, (0, 0, 2, 2)).unfold(2, 5, 1))
+
+
 # -- near misses ----------------------------------------------------------------------------------
 def window_over_channels(self, q, k, v):
     k, v = (F.pad(x, (1, 1)).unfold(3, 3, 1) for x in (k, v))
@@ -378,6 +469,34 @@ def with_random_table(module: nn.Module) -> None:
         [torch.randperm(TOKENS, generator=rng)[:5] for _ in range(TOKENS)]))
 
 
+def values_of_others(self, q, k, v):
+    """A cost volume whose values are shifted the other way."""
+    weights = torch.stack([(q * shifted(k, i, j)).sum(1) for i, j in OFFSETS], 1).softmax(1)
+    return sum(weights[:, n : n + 1] * shifted(v, j, i) for n, (i, j) in enumerate(OFFSETS))
+
+
+def scales_that_differ(self, q, k, v):
+    cost = [(q * shifted(k, i, j)).sum(1) / (1 + i) for i, j in OFFSETS]
+    weights = torch.stack(cost, 1).softmax(1)
+    return sum(weights[:, n : n + 1] * shifted(v, i, j) for n, (i, j) in enumerate(OFFSETS))
+
+
+def skewed_and_open(self, q, k, v):
+    """Other scores than those of the band stay visible: no mask hides the wrapped ones."""
+    scores = chunked(q) @ band_chunks(k).transpose(-1, -2) / 2
+    skewed = F.pad(scores.flatten(3), (0, WIDE)).view(B, H, -1, WIDE, 3 * WIDE + 1)
+    weights = skewed[..., : 2 * WIDE + 3].reshape(B, H, TOKENS, -1).softmax(-1)
+    band = weights[..., : 2 * WIDE + 1].reshape(B, H, TOKENS, -1)
+    return (unskewed(band) @ band_chunks(v)).flatten(2, 3)
+
+
+def two_queries(self, q, k, v):
+    """Each displacement has a query of its own."""
+    cost = [(torch.roll(q, n, 3) * shifted(k, i, j)).sum(1) for n, (i, j) in enumerate(OFFSETS)]
+    weights = torch.stack(cost, 1).softmax(1)
+    return sum(weights[:, n : n + 1] * shifted(v, i, j) for n, (i, j) in enumerate(OFFSETS))
+
+
 CROPPED = "window 3x3 cropped at the borders"
 TABLE = [
     Local(unfolded, CROPPED, MAP), Local(unfolded_masked, CROPPED, MAP),
@@ -405,6 +524,11 @@ TABLE = [
     Local(chunks_strided, "window 18 of blocks 6 cropped at the borders"),
     Local(look_back, "window 12 stride 6 causal"),
     Local(windows_of_heads, "window 5 cropped at the borders"),
+    Local(cost_volume, CROPPED, MAP), Local(cost_volume_means, CROPPED, MAP),
+    Local(cost_volume_rolled, "window 5 cropped at the borders"),
+    Local(skewed_chunks, "window 13 cropped at the borders"),
+    Local(skewed_strides, "window 13 cropped at the borders"),
+    Local(diagonals, "window 5 cropped at the borders"),
 ]
 NEAR = [
     Local(window_over_channels), Local(other_values, reason="different places"),
@@ -412,4 +536,6 @@ NEAR = [
     Local(table_of_the_user, more=((1,),), reason="depends on an input"),
     Local(random_table, setup=with_random_table, reason="no window"),
     Local(padding_mask, "", MAP, filling(-1e9), ((B, 1, HEIGHT, WIDTH),), "lose all its keys"),
+    Local(values_of_others, "", MAP), Local(scales_that_differ, "", MAP),
+    Local(skewed_and_open), Local(two_queries, "", MAP),
 ]
