@@ -27,7 +27,10 @@ def margin(dtype: torch.dtype) -> float:
 
 def key_floor(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Tensor:
     """The floor; see above. text: the margin; lengths have no use."""
-    return tensors[0].detach().amax(-1, keepdim=True) - float(text)
+    bias = tensors[0].detach()
+    if not bias.shape[-1]:
+        return bias.new_zeros((*bias.shape[:-1], 1))
+    return bias.amax(-1, keepdim=True) - float(text)
 
 
 _library = torch.library.Library("attnopt", "FRAGMENT")
