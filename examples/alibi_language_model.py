@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-import attnopt
-
 SHORT = 128
 
 
@@ -104,14 +102,9 @@ def main() -> None:
 
     model.eval()
     row = unseen[None, : options.tokens]
-    start = time.perf_counter()
     with torch.no_grad():
-        optimized = attnopt.optimize(
+        optimized = before_and_after.optimize(
             model, (row,), dynamic_shapes=({1: Dim("length", min=2, max=1 << 16)},))
-    print(optimized.report)
-    print(f"\noptimised and verified in {time.perf_counter() - start:.1f} s\n")
-
-    before_and_after.forms(optimized.report)
     before_and_after.show(model, optimized, (row,), options.repeats)
     with torch.no_grad():
         length = SHORT

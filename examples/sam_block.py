@@ -12,13 +12,10 @@ SAM's ViT-B has size 768 and 12 heads; the original then needs 3 GB. Weights are
 """
 
 import argparse
-import time
 
 import before_and_after
 import torch
 from torch import Tensor, nn
-
-import attnopt
 
 
 class Attention(nn.Module):
@@ -82,11 +79,7 @@ def main() -> None:
     print(f"{n} patches: {options.heads * n * n / 1e6:.0f} million scores, each with a bias of its "
           f"own, from {2 * options.heads * n * options.side / 1e6:.1f} million numbers\n")
 
-    start = time.perf_counter()
-    optimized = attnopt.optimize(block, (x,))
-    print(optimized.report)
-    print(f"\noptimised and verified in {time.perf_counter() - start:.1f} s\n")
-    before_and_after.forms(optimized.report)
+    optimized = before_and_after.optimize(block, (x,))
     before_and_after.show(block, optimized, (x,), options.repeats)
 
 

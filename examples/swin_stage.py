@@ -15,13 +15,10 @@ what is shown holds for any.
 
 import argparse
 import itertools
-import time
 
 import before_and_after
 import torch
 from torch import Tensor, nn
-
-import attnopt
 
 
 def offsets(window: int) -> Tensor:
@@ -102,11 +99,7 @@ def main() -> None:
     print(f"A map of {side} x {side} tokens in {(side // window) ** 2} windows of {n}: a bias of "
           f"{options.heads * n * n} numbers from {options.heads * (2 * window - 1) ** 2}\n")
 
-    start = time.perf_counter()
-    optimized = attnopt.optimize(stage, (x,))
-    print(optimized.report)
-    print(f"\noptimised and verified in {time.perf_counter() - start:.1f} s\n")
-    before_and_after.forms(optimized.report)
+    optimized = before_and_after.optimize(stage, (x,))
     before_and_after.show(stage, optimized, (x,), options.repeats)
 
     for block in stage:

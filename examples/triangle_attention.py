@@ -15,13 +15,10 @@ Weights and pairs are drawn at random.
 
 import argparse
 import math
-import time
 
 import before_and_after
 import torch
 from torch import Tensor, nn
-
-import attnopt
 
 
 class TriangleAttention(nn.Module):
@@ -88,11 +85,7 @@ def main() -> None:
     print(f"{n} residues, {n * n} pairs: {4 * n**3 / 1e6:.0f} million scores in either direction, "
           f"a bias of {4 * n * n / 1e3:.0f} thousand numbers\n")
 
-    start = time.perf_counter()
-    optimized = attnopt.optimize(model, (pairs, real))
-    print(optimized.report)
-    print(f"\noptimised and verified in {time.perf_counter() - start:.1f} s\n")
-    before_and_after.forms(optimized.report)
+    optimized = before_and_after.optimize(model, (pairs, real))
     before_and_after.show(model, optimized, (pairs, real), options.repeats)
 
     other = torch.zeros(1, n, n)

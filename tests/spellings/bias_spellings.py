@@ -184,8 +184,7 @@ def levit(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return soft(q, k, v, s.by_head[:, s.levit])
 
 
-def sam(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A term per row and one per column of the keys (SAM, arXiv 2304.02643)."""
+def _decomposed(s: Tables, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     height, width = s.grid
     q3 = q.flatten(0, 1)
     scores = (q3 * q.shape[-1] ** -0.5) @ k.flatten(0, 1).transpose(-2, -1)
@@ -195,6 +194,12 @@ def sam(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for r, n in zip(s.rel, s.grid, strict=True))
     rel_h = torch.einsum("bhwc,hkc->bhwk", rows, by_h)
     rel_w = torch.einsum("bhwc,wkc->bhwk", rows, by_w)
+    return scores, rel_h, rel_w
+
+
+def sam(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A term per row and one per column of the keys (SAM, arXiv 2304.02643)."""
+    scores, rel_h, rel_w = _decomposed(s, q, k)
     far = (rel_h[:, :, :, :, None] + rel_w[:, :, :, None, :]).reshape_as(scores)
     return ((scores + far).softmax(-1) @ v.flatten(0, 1)).view(q.shape)
 
@@ -202,14 +207,7 @@ def sam(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def sam_by_views(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same, as ViTDet spells it (arXiv 2203.16527)."""
     height, width = s.grid
-    q3 = q.flatten(0, 1)
-    scores = (q3 * q.shape[-1] ** -0.5) @ k.flatten(0, 1).transpose(-2, -1)
-    rows = q3.reshape(-1, height, width, q.shape[-1])
-    by_h, by_w = (
-        r[torch.arange(n)[:, None] - torch.arange(n)[None] + n - 1]
-        for r, n in zip(s.rel, s.grid, strict=True))
-    rel_h = torch.einsum("bhwc,hkc->bhwk", rows, by_h)
-    rel_w = torch.einsum("bhwc,wkc->bhwk", rows, by_w)
+    scores, rel_h, rel_w = _decomposed(s, q, k)
     scores = scores.view(-1, height, width, height, width)
     scores = scores + rel_h[:, :, :, :, None] + rel_w[:, :, :, None, :]
     scores = scores.view(-1, height * width, height * width)
