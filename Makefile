@@ -47,7 +47,7 @@ $(BASE): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 $(READY): $(BASE)
-	$(PIP) -c $(CONSTRAINTS) --no-build-isolation --editable '.[dev,models,report]'
+	$(PIP) -c $(CONSTRAINTS) --no-build-isolation --editable '.[dev,models,report,onnx]'
 	@touch $@
 
 demo: $(BASE)

@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from attnopt.api import explain, optimize
     from attnopt.errors import AttnOptError
     from attnopt.module import OptimizedModule
+    from attnopt.onnx import export_onnx
+    from attnopt.passes.capture.opaque import register_function
+    from attnopt.program import export, save
     from attnopt.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["AttnOptError", "OptimizedModule", "Report", "__version__", "explain", "optimize"]
+__all__ = ["AttnOptError", "OptimizedModule", "Report", "__version__", "explain", "export",
+           "export_onnx", "optimize", "register_function", "save"]
 
 # In a checkout passes/ and kernels/ lie beside this folder; once installed they lie inside it.
 if not (Path(__file__).parent / "passes").is_dir():
@@ -26,7 +30,11 @@ _HOMES = {
     "OptimizedModule": "attnopt.module",
     "Report": "attnopt.report",
     "explain": "attnopt.api",
+    "export": "attnopt.program",
+    "export_onnx": "attnopt.onnx.export",
     "optimize": "attnopt.api",
+    "register_function": "attnopt.passes.capture.opaque",
+    "save": "attnopt.program",
 }
 
 

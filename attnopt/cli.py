@@ -72,12 +72,12 @@ def _parser() -> argparse.ArgumentParser:
                        help="measure what torch.compile makes as well; default: each suite's own")
     bench.add_argument("--quick", action="store_true", default=None,
                        help="short sequences and few rounds "
-                            "(suites cpu, sparse, bias, gpu, tiles)")
+                            "(suites cpu, sparse, bias, deformable, gpu, tiles)")
     bench.add_argument("--full", action="store_true", default=None,
                        help="rows that take a minute and much memory as well (suite sparse)")
     bench.add_argument("--case", action="append", metavar="PATTERN",
-                       help="only rows of such a name (suites cpu, sparse, bias, gpu); "
-                            "may be repeated")
+                       help="only rows of such a name (suites cpu, sparse, bias, "
+                            "deformable, gpu); may be repeated")
     bench.add_argument("--budget", type=_positive, metavar="SECONDS",
                        help="begin no row after that time (suites gpu, tiles)")
     bench.set_defaults(run=_bench)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnopt.kernels import lifetimes, ops
+from attnopt.kernels import lifetimes, ops, window_maps
 
 _NN = torch._C._nn
 _T = torch.Tensor
@@ -62,6 +62,12 @@ def with_direct_calls(module: fx.GraphModule) -> fx.GraphModule:
         if node.target is ops.attention and not node.kwargs and all(
                 map(_is_output_of_attention, node.users)):
             copies[node] = _attend(graph, node, copies)
+            continue
+        if node.target is window_maps.window_attention and not node.kwargs:
+            *tensors, operands, spec, schedule, places = fx.map_arg(
+                node.args, copies.__getitem__)
+            copies[node] = graph.call_function(
+                window_maps.attend_windows, (spec, schedule, places, *tensors, *operands))
             continue
         copy = graph.node_copy(node, copies.__getitem__)
         copies[node] = copy

@@ -61,17 +61,17 @@ class OptimizedModule(nn.Module):
 
     def __copy__(self) -> OptimizedModule:
         runtime = type(self)._attnopt_runtime
-        return _rebuild(copy.copy(_users_module(self)), *runtime.configuration)
+        return _rebuild(copy.copy(users_module(self)), *runtime.configuration)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
         runtime = type(self)._attnopt_runtime
-        result = _rebuild(copy.deepcopy(_users_module(self), memo), *runtime.configuration)
+        result = _rebuild(copy.deepcopy(users_module(self), memo), *runtime.configuration)
         memo[id(self)] = result
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         runtime = type(self)._attnopt_runtime
-        return _rebuild, (_users_module(self), *runtime.configuration)
+        return _rebuild, (users_module(self), *runtime.configuration)
 
 
 def wrap(model: nn.Module, runtime: Runtime, *, inplace: bool = False) -> OptimizedModule:
@@ -144,7 +144,7 @@ class _InstanceForward:
         raise AttributeError("forward of an optimised module cannot be replaced")
 
 
-def _users_module(optimized: OptimizedModule) -> nn.Module:
+def users_module(optimized: OptimizedModule) -> nn.Module:
     """The user's module of an optimised one, of the user's class."""
     runtime = type(optimized)._attnopt_runtime
     if optimized.__dict__ is runtime.home:

@@ -98,6 +98,8 @@ class Rule:
 
     name: str = ""
     recognizes: str = ""
+    #: of the sites that it is for: "attention" or "sampling"
+    kind: str = "attention"
 
     def match(self, region: Region) -> Match:
         """Answer with a Match, or raise Decline(reason, node)."""

@@ -13,6 +13,9 @@
     low_rank                    terms of low rank as columns of query and key
     relative_tables             products of rows or keys and embeddings of relative positions
     key_floor                   how low a bias must be to hide a key
+    padded_tables               tables with a rim, for look-ups that may lie outside of them
+    placed                      what belongs to a part of the scores, with zeros beside it
+    window_maps                 attention within windows, in the map that they are cut from
     tabulate                    a bias as a table of the places that rows and keys look up
 """
 
@@ -34,9 +37,12 @@ from attnopt.kernels import (
     lifetimes,
     low_rank,
     ops,
+    padded_tables,
+    placed,
     relative_tables,
     tabulate,
     triton,
+    window_maps,
 )
 from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
@@ -50,6 +56,7 @@ from attnopt.kernels.choosing import (
     original,
 )
 from attnopt.kernels.cpp import stencil
+from attnopt.kernels.cpp.template import WINDOW
 from attnopt.kernels.cpp.toolchain import toolchain
 from attnopt.kernels.merging import merge
 from attnopt.kernels.reference import reference
@@ -57,8 +64,8 @@ from attnopt.kernels.row_lists import attend_rows
 
 __all__ = ["Problem", "Tables", "aten_lowering", "attend_rows", "block_maps", "device", "estimates",
            "factors", "fused_mask", "key_floor", "lifetimes", "low_rank", "merge",
-           "missing", "ops", "original", "prepare", "reasons", "reference",
-           "relative_tables", "tabulate", "worth"]
+           "missing", "ops", "original", "padded_tables", "placed", "prepare", "reasons",
+           "reference", "relative_tables", "tabulate", "window_maps", "worth"]
 
 
 def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
@@ -87,8 +94,6 @@ def reasons(spec: Spec, lowering: str, *, head_dims: tuple[Any, Any] = (1, 1),
             found.append("fused attention is slower here: head_dims that differ much, sinks, or a "
                          "bias whose gradient is asked for")
     elif lowering == "aten:blocks":
-        if requires_grad:
-            found.append("row blocks are for inference, a gradient is asked for")
         if not can_block(spec, dtypes[-1]):
             found.append("row blocks do not take mixed heads, dropout, a wider softmax dtype, or "
                          "rows that are all alike")
@@ -128,6 +133,6 @@ def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[torch.Tensor]]],
     """
     windowed = [call for call in calls if call[1].lowering == stencil.LOWERING]
     wide = [(*low_rank.of_call(spec, tensors), schedule) for spec, schedule, tensors in calls
-            if schedule.lowering == "cpp"]
+            if schedule.lowering in ("cpp", WINDOW)]
     cpp.prepare([(spec, schedule, tensors) for spec, tensors, schedule in wide], training)
     stencil.prepare(windowed)

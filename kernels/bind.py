@@ -16,6 +16,7 @@ from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels import aten, cpp, gated_rows, kept_keys, living_keys, low_rank, triton
 from attnopt.kernels.aten.state import call_state
 from attnopt.kernels.cpp import stencil
+from attnopt.kernels.cpp.template import WINDOW
 
 Attention = Callable[..., Tensor]
 
@@ -39,7 +40,7 @@ def _bind(spec: str, schedule: str, asked: Schedule) -> Attention:
     if wide is not None and asked.lowering in ("cpp", "aten:sdpa"):
         return low_rank.Wide(Spec.parse(spec), wide, bind(str(wide.spec), schedule),
                              aten.bind(spec))
-    if asked.lowering == "cpp" and not cpp.spec_reasons(Spec.parse(spec)):
+    if asked.lowering in ("cpp", WINDOW) and not cpp.spec_reasons(Spec.parse(spec)):
         made = _Generated(Spec.parse(spec), asked)
         slots = living_keys.slots_of(Spec.parse(spec))
         if slots is not None:
@@ -61,7 +62,7 @@ class _Generated:
 
     def __init__(self, spec: Spec, schedule: Schedule) -> None:
         self.slots = len(spec.operands)
-        attention = cpp.Attention(spec, schedule.tile)
+        attention = cpp.Attention(spec, schedule.tile, lowering=schedule.lowering)
         self.kernel: Callable[..., Tensor | None] = attention
         self.training = cpp.Training(attention)
         self.aten = aten.bind(str(spec))

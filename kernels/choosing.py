@@ -22,23 +22,27 @@ from torch import Tensor
 from attnopt.cost import cpu_tiles as tiles
 from attnopt.cost import plain
 from attnopt.cost import stencil as stencil_cost
+from attnopt.cost import window as window_cost
 from attnopt.cost.choose import Candidate, Choice, Estimate, choose
 from attnopt.cost.devices import Cpu, Device, Gpu, find_cpu, find_gpu
 from attnopt.cost.tiles import count_tiles
 from attnopt.cost.typical import typical_operands
-from attnopt.cost.work import ITEM_SIZE, Work, work_of
+from attnopt.cost.work import ITEM_SIZE, Work, instructions, work_of
 from attnopt.environment import processor
 from attnopt.errors import AttnOptError
 from attnopt.ir import expr as E
 from attnopt.ir.halos import grid_of
 from attnopt.ir.mask import Band, Causal, Mask, Neighborhood, Windows
-from attnopt.ir.spec import Schedule, Spec
+from attnopt.ir.spec import Operand, Schedule, Spec
 from attnopt.kernels import cache
 from attnopt.kernels.aten.choose import can_block
 from attnopt.kernels.aten.sdpa import plan
+from attnopt.kernels.cpp import attention as cpp_attention
 from attnopt.kernels.cpp import stencil
 from attnopt.kernels.cpp.grid_windows import window_grid, windows_of
 from attnopt.kernels.cpp.isa import isa
+from attnopt.kernels.cpp.template import WINDOW
+from attnopt.kernels.cpp.template_window import MOST_KEYS, split_shared, window_reasons
 from attnopt.kernels.triton import tiles as triton_tiles
 from attnopt.kernels.triton.boxes import boxes_of
 from attnopt.kernels.triton.intervals import interval
@@ -52,7 +56,7 @@ TORCH_ROWS, TORCH_KEYS = ((768, 256), (192, 64), (0, 32)), 512
 #: torch, whose backward takes longer than the three forwards that its model counts
 TRAINING = {"cpp": 3.5, "aten": 1.4}
 #: seconds of a call outside of what the models predict: its checks and its arguments
-HANDLING = {"cpp": 5e-5, "aten:sdpa": 2e-5, "aten:blocks": 5e-5, "aten:dense": 4e-5}
+HANDLING = {"cpp": 5e-5, WINDOW: 4e-5, "aten:sdpa": 2e-5, "aten:blocks": 5e-5, "aten:dense": 4e-5}
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +177,9 @@ def candidates(problem: Problem, lowering: str, few: bool) -> list[Candidate]:
         found = [Candidate(lowering, tile, boxes=boxes_of(problem.spec.mask, *lengths, *tile[:2])
                            if lowering == "triton" else None)
                  for tile in legal_tiles(problem, few)]
-        return found if few or lowering == "triton" else [*found, *_stencils(problem)]
+        if few or lowering == "triton":
+            return found
+        return [*found, *_stencils(problem), *_windows(problem)]
     return [Candidate(lowering, density=_density(problem.spec.mask, problem, lowering))]
 
 
@@ -192,6 +198,26 @@ def _stencils(problem: Problem) -> list[Candidate]:
     seconds = stencil_cost.seconds(cpu, problem.work, stencil.grid_of(windows, tile),
                                    _threads(problem))
     return [Candidate(stencil.LOWERING, (tile.rows, tile.taps, tile.channels), seconds=seconds)]
+
+
+def _windows(problem: Problem) -> list[Candidate]:
+    """The kernel for few keys; its own model knows its time."""
+    spec, cpu, (queries, keys) = problem.spec, device(problem.device), (
+        problem.query[-2], problem.key[-2])
+    if not all(isinstance(n, int) and 0 < n <= MOST_KEYS for n in (queries, keys)) or (
+            cpp_attention.spec_reasons(spec) or window_reasons(spec)):
+        return []
+    assert isinstance(cpu, Cpu)
+    rank = len(problem.leading)
+    scaled, shared = split_shared(spec) if rank > 1 else (spec.logits, ())
+    read = spec.with_(logits=scaled, more=[
+        Operand(f"shared_{n}", ("h", "q", "k")) for n in range(len(shared))])
+    each = instructions(scaled, read) + problem.work.mask_ops
+    once = sum(instructions(term, spec) for term in shared)
+    heads = problem.leading[-1] if rank > 1 else 1
+    return [Candidate(WINDOW, tile, seconds=window_cost.seconds(
+        cpu, problem.work, tile, each, once, heads, _threads(problem)))
+        for tile in window_cost.tiles(cpu, queries, keys)]
 
 
 def _whole(estimate: Estimate, problem: Problem) -> float:

@@ -8,7 +8,8 @@ form, arXiv 2508.02124), or drops tokens, hides scattered keys by a condition of
 
 Which keys are kept is looked up at each call, and if they are few and lie scattered, each block of
 rows reads the kept ones (`living_keys`). With a low number that is finite, a row that sees no kept
-key has uniform weights over all keys: blocks with such rows take all of them.
+key has uniform weights over all keys: blocks with such rows take all of them. Nor may a bias be as
+low, or it hides the kept keys beside the others.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ SCATTERED = 1.5
 @dataclass(frozen=True)
 class Kept:
     """keep: bool Expr of keys that are seen at all; causal: and of those up to the row;
-    finite: others have a low logit; masked: a kernel would leave out tiles of hidden keys."""
+    finite: others have a low logit; masked: a kernel would leave out tiles of hidden keys;
+    beside: operands that are added where a low logit is not."""
 
     keep: Expr
     causal: bool = False
     finite: bool = False
     masked: bool = False
+    beside: tuple[str, ...] = ()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -67,9 +70,13 @@ def kept_of(spec: Spec) -> Kept | None:
         found = [p for p in parts if _of_key(spec, p)]
         rest = [p for p in parts if p not in found]
         finite = e.args[2].value > -math.inf
+        leaves = e.args[1].leaves if finite else ()
+        if any(n.op == "const" and n.dtype == E.FLOAT and n.value <= LOW for n in leaves):
+            return None
         if found and (not finite or spec.mask is ALL and rest in ([], [_CAUSAL])):
+            beside = {str(n.value) for n in leaves if n.op == "load" and n.dtype == E.FLOAT}
             return Kept(functools.reduce(lambda a, b: a & b, found),
-                        causal or _CAUSAL in rest, finite)
+                        causal or _CAUSAL in rest, finite, beside=tuple(sorted(beside)))
     return None
 
 
@@ -136,6 +143,8 @@ class Keeping(Living):
         lives = keep.squeeze(-2).expand(starts.shape[0], *keep.shape[:-2], keys)
         if kept.causal:
             lives = lives & (places < starts + rows)
+        if any(given[s].numel() and not bool(given[s].amin() > LOW / 8) for s in kept.beside):
+            return None
         if kept.finite:
             first = torch.where(keep.squeeze(-2), places, keys + queries).amin(-1, keepdim=True)
             blind = starts < first if kept.causal else first >= keys

@@ -29,10 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnopt.ir import expr as E
 from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.spec import leading_axes
+from attnopt.kernels.table_places import rows_of, with_places
 
 _library = torch.library.Library("attnopt", "FRAGMENT")
 _library.define("tabulate(Tensor[] tensors, SymInt[] lengths, str text) -> Tensor",
@@ -84,7 +86,21 @@ def tabulate(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Te
     expr = _parse(points.expr)
     if _concrete(tensors, lengths):
         expr, places = _placed(text, tuple(lengths), count, device)
-        operands |= places
+        expr, rows = with_places(text, tuple(lengths), expr, operands, places, count, device)
+        operands |= {**places, **rows}
+        table = rows_of(expr, operands, points.lead, sizes, count)
+        if table is not None:
+            return table
+    elif _traced(lengths):
+        with _disable_current_modes():
+            expr, places = _placed(text, tuple(lengths), count, torch.device("cpu"))
+            texts = {slot: literal_text(numbers) for slot, numbers in places.items()
+                     if numbers.dtype != torch.bool}
+        if len(texts) == len(places):
+            operands |= {slot: torch.ops.attnopt.literal.default(list(tensors), [], numbers)
+                         for slot, numbers in texts.items()}
+        else:
+            expr = _parse(points.expr)
     names = leading_axes(_rank(points.lead))
     full = [sizes[a] if a in points.lead else 1 for a in names]
     env = Env((*full, 1, count), operands, sizes=sizes, device=device)
@@ -101,6 +117,15 @@ def _concrete(tensors: Sequence[Tensor], lengths: Sequence[int]) -> bool:
     return all(type(n) is int for n in lengths) \
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors) \
         and not torch._C._len_torch_dispatch_stack() \
+        and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _traced(lengths: Sequence[int]) -> bool:
+    """Is this a trace by a compiler, for lengths that are numbers? It is given the places as a
+    literal: some 50 nodes of whole-number arithmetic for each table would be compiled, and run at
+    each call, for nothing."""
+    return all(type(n) is int for n in lengths) \
+        and torch._C._len_torch_dispatch_stack() > 0 \
         and torch._C._functorch.peek_interpreter_stack() is None
 
 
@@ -146,6 +171,11 @@ def literal_text(numbers: Tensor) -> str:
     flat = numbers.to("cpu", torch.int32).contiguous()
     packed = zlib.compress(flat.numpy().astype("<i4").tobytes(), 9)
     return json.dumps([list(flat.shape), base64.b64encode(packed).decode()])
+
+
+def numbers_of(text: str) -> Tensor:
+    """The numbers that `literal_text` wrote, on the CPU; not to be written to."""
+    return _numbers(text)
 
 
 def literal(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Tensor:

@@ -30,6 +30,7 @@ from attnopt.ir.mask import ALL, BlockMap, Mask
 from attnopt.ir.site import SiteRecord
 from attnopt.ir.spec import Operand, Schedule, Spec, leading_axes
 from attnopt.passes import cut_bias, oracle
+from attnopt.passes.analyze.structure import words
 from attnopt.passes.canonical import Canonical, Recipe, Tensor
 from attnopt.passes.normalize import View
 from attnopt.passes.recognize.axes import axes_of, resolve
@@ -91,8 +92,12 @@ def note(reduction: Reduction, record: SiteRecord, facts: Facts, analysis: Analy
         record.mask = " & ".join(filter(None, (record.mask, mask.describe())))
     for slot, table in tables.items():
         if isinstance(table, Factors) and slot in canonical.cut:
-            record.approximation += (f": {slot} of rank {table.query.shape[-1]}, logits off by at "
-                                     f"most {table.error:.2g}")
+            rank = table.query.shape[-1]
+            record.approximation += (f": {slot} of rank {rank}, logits off by at most "
+                                     f"{table.error:.2g}")
+            facts.words[slot] = f"{facts.words.get(slot) or 'constant'}, cut to rank {rank}"
+            record.bias = words(facts, canonical.spec, {
+                s: o.role for s, o in canonical.site.operands.items()})[1]
             facts.guards |= analysis.values.sources(canonical.operands[
                 canonical.cut[slot]].node) or frozenset()
 

@@ -18,12 +18,14 @@ from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Causal
 from attnopt.ir.spec import Operand, Spec, leading_axes
+from attnopt.kernels import placed
 from attnopt.passes.normalize import op_name
 from attnopt.passes.recognize.attention import Attention
 from attnopt.passes.recognize.axes import Axis, Layout, axes_of, product, resolve, settle
 from attnopt.passes.recognize.layout import strip
 from attnopt.passes.recognize.pointwise import is_cast
 from attnopt.passes.recognize.program import Program
+from attnopt.passes.recognize.reader import Loaded
 from attnopt.rules import Decline
 
 Target = tuple[tuple[Axis, ...], ...]
@@ -108,22 +110,7 @@ class Canonical:
 
 def canonicalize(program: Program, site: Attention) -> Canonical:
     """Build the Spec of `site` and find the tensors to call it with."""
-    end = program.view.author[site.end]
-    view = program.view
-    region = end.meta.get("attnopt_region")
-
-    def allowed(node: fx.Node) -> bool:
-        return view.readable_at(node, end)
-
-    def replaces(source: fx.Node, node: fx.Node) -> bool:
-        """May `source` be read, and saved for the backward pass, in place of `node`?"""
-        if not allowed(source):
-            return False
-        owner, own = view.root_of(source), view.root_of(node)
-        later = any(at > view.position[end] for at in view.writes_to.get(owner, ()))
-        return (owner is own or not later) and all(
-            view.author[n].meta.get("attnopt_region") == region for n in _path(source, node))
-
+    allowed, replaces = may_read(program, site.end)
     saved: list[str] = []
 
     def bring(node: fx.Node, layout: Layout, name: str = "",
@@ -149,7 +136,11 @@ def canonicalize(program: Program, site: Attention) -> Canonical:
         query, key = (_absorb_upcast(x, wanted, replaces) for x in (query, key))
     loaded = {slot: replace(o) for slot, o in site.operands.items()}
     for operand in loaded.values():
-        operand.node, operand.layout = bring(operand.node, operand.layout)
+        if operand.parts:
+            held = tuple(p.axis for p in operand.parts)
+            operand.node, operand.own = bring(operand.node, operand.own, own=held)
+        else:
+            operand.node, operand.layout = bring(operand.node, operand.layout)
 
     lead: list[tuple[Axis, ...]] = []
     for dim in settle(site.lead):
@@ -163,7 +154,8 @@ def canonicalize(program: Program, site: Attention) -> Canonical:
         have = axes_of(operand.layout)
         axes = tuple(n for n, dim in zip(axis_names, scores, strict=True) if have & set(dim))
         declared.append(Operand(slot, axes, operand.dtype, _role(operand.role)))
-        tensors[slot] = Tensor(operand.node, settle(operand.layout), scores)
+        tensors[slot] = _placed(operand, scores) if operand.parts else Tensor(
+            operand.node, settle(operand.layout), scores)
     inner, columns = resolve(site.inner), resolve(site.columns)
     if site.vector is not None:
         declared.append(Operand("score_weight", None, E.FLOAT, "score"))
@@ -188,6 +180,44 @@ def canonicalize(program: Program, site: Attention) -> Canonical:
         Tensor(value[0], settle(value[1]), (*leading, scores[-1], columns)),
         {o.slot: tensors[o.slot] for o in spec.operands if o.slot in tensors},
         (*leading, scores[-2], columns), tuple(saved))
+
+
+def may_read(program: Program, end: fx.Node
+             ) -> tuple[Callable[[fx.Node], bool], Callable[[fx.Node, fx.Node], bool]]:
+    """What calls that are put where `end` is may read: (allowed, replaces).
+
+    allowed(node): does the author's tensor still hold the value of `node`?
+    replaces(source, node): may `source` be read, and saved for the backward pass, in place of what
+    is made of it?
+    """
+    view, at = program.view, program.view.author[end]
+    region = at.meta.get("attnopt_region")
+
+    def allowed(node: fx.Node) -> bool:
+        return view.readable_at(node, at)
+
+    def replaces(source: fx.Node, node: fx.Node) -> bool:
+        if not allowed(source):
+            return False
+        owner, own = view.root_of(source), view.root_of(node)
+        later = any(w > view.position[at] for w in view.writes_to.get(owner, ()))
+        return (owner is own or not later) and all(
+            view.author[n].meta.get("attnopt_region") == region for n in _path(source, node))
+
+    return allowed, replaces
+
+
+def _placed(operand: Loaded, scores: Target) -> Tensor:
+    """An operand of a part of the scores, which the rewritten graph puts into its place."""
+    target, starts = list(scores), {}
+    for part in operand.parts:
+        dim = -1 if resolve(part.of) == scores[-1] else -2
+        target[dim], starts[dim] = resolve((part.axis,)), part.start
+    recipe = Recipe(
+        torch.ops.attnopt.placed.default,
+        (Tensor(operand.node, settle(operand.own), tuple(target)),),
+        tuple(scores[dim] for dim in starts), placed.text(starts), operand.node.meta["val"].dtype)
+    return Tensor(operand.node, settle(operand.layout), scores, recipe)
 
 
 def _role(role: str) -> str:

@@ -160,6 +160,7 @@ class _Functionaliser:
         self.current[node], self.seen[node] = made, self.version.get(root, 0)
         if parent is not None and _undecided(node):
             self.undecided.add(root)
+        self.undecided.update(map(self.root, hidden_sources(node)))
 
     # -- writing ----------------------------------------------------------------------------
     def write(self, node: fx.Node, positions: list[int]) -> None:
@@ -196,7 +197,7 @@ class _Functionaliser:
         if writes(step) or name in _IDENTITY:
             return value
         if step.target is operator.getitem:
-            return self.carry_back_part(step, base, value)
+            return self.carry_back_part(step, base, value) if op_name(base) in _MULTI else None
         if name in _RESHAPING:
             return self.emit(base, aten.reshape.default, (value, list(base.meta["val"].shape)))
         if name in ("transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T"):
@@ -260,15 +261,44 @@ def _aliased(node: fx.Node) -> fx.Node | None:
         return None
     first = node.args[0]
     if node.target is operator.getitem:
-        return first if isinstance(first, fx.Node) and op_name(first) in _MULTI else None
-    if not isinstance(first, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(first, fx.Node) or op_name(first) in _MULTI:
+            return first if isinstance(first, fx.Node) else None
+        return next(iter(hidden_sources(node)), None)
+    if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    if node.target in _SILENT_ALIAS:
-        return first if _returns_itself(node, first) else None
-    returns = node.target._schema.returns
-    if not returns or returns[0].alias_info is None:
-        return None
-    return first if _returns_view(node, first) else None
+    if isinstance(first, fx.Node):
+        if node.target in _SILENT_ALIAS and _returns_itself(node, first):
+            return first
+        returns = node.target._schema.returns
+        if returns and returns[0].alias_info is not None:
+            return first if _returns_view(node, first) else None
+    return next(iter(hidden_sources(node)), None)
+
+
+def hidden_sources(node: fx.Node) -> list[fx.Node]:
+    """Nodes in whose memory the result lies though no schema says so: `einsum` of one tensor,
+    `broadcast_tensors`, `meshgrid`, `atleast_3d`. What tracing computed with tells."""
+    sources = node.all_input_nodes
+    if node.op != "call_function":
+        return []
+    if node.target is operator.getitem:
+        (parts,) = sources
+        if op_name(parts) in _MULTI or not isinstance(parts.meta.get("val"), (list, tuple)):
+            return []
+        sources = parts.all_input_nodes
+    elif not isinstance(node.target, torch._ops.OpOverload) or node.target in _SILENT_ALIAS or any(
+            r.alias_info is not None for r in node.target._schema.returns):
+        return []
+    if op_name(node) == "lift_fresh_copy":  # a copy, of which tracing makes none
+        return []
+    own = _storages(node)
+    return [s for s in sources if own & _storages(s)] if own else []
+
+
+def _storages(node: fx.Node) -> set[int]:
+    val = node.meta.get("val")
+    return {t.untyped_storage()._cdata for t in (val if isinstance(val, (list, tuple)) else (val,))
+            if isinstance(t, torch.Tensor) and t.layout is torch.strided}
 
 
 def _returns_itself(node: fx.Node, first: fx.Node) -> bool:

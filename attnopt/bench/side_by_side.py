@@ -142,6 +142,14 @@ def ratio(baseline: Iterable[float], ours: Iterable[float],
     return found
 
 
+def hold_peak(row: dict[str, Any], share: float) -> None:
+    """Hold the peak of memory against a share of eager's; a share of 0 is no limit."""
+    most, ours = (row["contestants"].get(n, {}).get("peak_bytes") for n in ("eager", OURS))
+    if share and most is not None and ours is not None:
+        row["limits"] = {"peak_bytes": {
+            "must_not_exceed": share * most, "missed": ours > share * most}}
+
+
 def bootstrap_interval(values: list[float]) -> tuple[float, float]:
     """Percentile bootstrap of the median, 95 %; the same at every call."""
     draw = random.Random(0)

@@ -58,7 +58,7 @@ def module_path(node: fx.Node) -> str:
     path = ""
     for entry in stack.values():
         path = entry[0] if isinstance(entry, tuple) else str(entry)
-    path = path.removeprefix("L['self']").removeprefix("L__self__").lstrip(".")
+    path = re.sub(r"^(L\['\w+'\]|L__self__)", "", path).lstrip(".")
     return re.sub(r"@\d+$", "", path)
 
 

@@ -73,7 +73,7 @@ def _table(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     names, cells = table.used_columns(rows)
-    head = "".join(f"<th scope='col'>{table.header(n)}</th>" for n in names)
+    head = "".join(f"<th scope='col'>{escape(table.header(n, rows))}</th>" for n in names)
     body = "".join(
         "<tr>" + "".join(_cell(n, c) for n, c in zip(names, texts, strict=True)) + "</tr>"
         + _more(row, len(names))
@@ -122,8 +122,8 @@ def _errors(row: Row) -> str:
     if row.error is None:
         return ""
     text = f"{row.error:.2e} against float64"
-    if site.error_original is not None:
-        text += f", original {site.error_original:.2e}"
+    if row.error_original is not None:
+        text += f", the author's {row.error_original:.2e}"
     if site.error_bound is not None:
         text += f", bound {site.error_bound:.2e}"
     return text

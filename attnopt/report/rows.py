@@ -43,10 +43,12 @@ class Row:
     @property
     def error(self) -> float | None:
         """The largest error; NaN if any is."""
-        errors = [s.error for s in self.sites if s.error is not None]
-        if any(math.isnan(e) for e in errors):
-            return math.nan
-        return max(errors, default=None)
+        return _largest([s.error for s in self.sites])
+
+    @property
+    def error_original(self) -> float | None:
+        """The author's own, likewise."""
+        return _largest([s.error_original for s in self.sites])
 
     @property
     def nearest(self) -> tuple[str, str]:
@@ -71,8 +73,18 @@ class Row:
             "bias": site.bias,
             "shapes": _shapes(site.shapes),
             "lowering": " ".join(filter(None, (site.lowering, site.tile, speedup))),
-            "error": "" if self.error is None else f"{self.error:.1e}",
+            "error": " ".join(filter(None, (
+                _number(self.error), _number(self.error_original, "({})")))),
         }
+
+
+def _largest(errors: Sequence[float | None]) -> float | None:
+    known = [e for e in errors if e is not None]
+    return math.nan if any(map(math.isnan, known)) else max(known, default=None)
+
+
+def _number(error: float | None, form: str = "{}") -> str:
+    return "" if error is None else form.format(f"{error:.1e}")
 
 
 def _shapes(text: str) -> str:

@@ -44,7 +44,9 @@ def title(report: Report) -> str:
     return printable(report.model_name or "model", LONGEST)
 
 
-def header(column: str) -> str:
+def header(column: str, rows: Sequence[Row]) -> str:
+    if column == "error" and any(row.error_original is not None for row in rows):
+        return "error (author's)"
     return _HEADERS.get(column, column)
 
 
@@ -57,8 +59,13 @@ def used_columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def stacked(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """`used_columns` with the source line below the path, which saves a column."""
+    """`used_columns` with the source line below the path, and the author's error below ours, which
+    saves columns."""
     names, cells = used_columns(rows)
+    if "error" in names:
+        at = names.index("error")
+        for row in cells:
+            row[at] = row[at].replace(" ", "\n")
     if "source" in names:
         at = names.index("source")
         names.pop(at)
@@ -72,7 +79,7 @@ def site_table(rows: Sequence[Row], total: int) -> list[str]:
     if not rows:
         return []
     names, cells = stacked(rows)
-    return columns([header(n) for n in names], cells, total)
+    return columns([header(n, rows).replace(" ", "\n") for n in names], cells, total)
 
 
 def kept(rows: Sequence[Row], say: Say) -> list[str]:

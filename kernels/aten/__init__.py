@@ -1,8 +1,9 @@
 """Spec -> ATen: works on every device, differentiates, exports. `bind` is what runs.
 
-Three lowerings share the steps of the normal form: `sdpa` (fused), `blocks` (inference, in row
-blocks) and `dense` (one composition). Which one a call gets follows from the Spec, the Schedule and
-the call itself: shapes, device, and whether a gradient may be asked for.
+Three lowerings share the steps of the normal form: `sdpa` (fused), `blocks` (row blocks; for
+gradients they are composed again, one by one) and `dense` (one composition). Which one a call gets
+follows from the Spec, the Schedule and the call itself: shapes, device, and whether a gradient may
+be asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels.aten.blocks import blocks
 from attnopt.kernels.aten.choose import block_tile, can_block, choose
 from attnopt.kernels.aten.dense import dense
+from attnopt.kernels.aten.rows import attend_by_rows, block_rows
 from attnopt.kernels.aten.sdpa import plan, quick, sdpa
 from attnopt.kernels.aten.skipping import skips_keys
 from attnopt.kernels.aten.state import call_state
@@ -92,6 +94,10 @@ class _Bound:
                                       self.skipping)
                 if tile:
                     return blocks(self.steps, query, key, value, named, *tile)
+        rows = block_rows(self.spec, query, key, value, self.tile) if state == "safe" else 0
+        if rows and self.may_block:
+            return attend_by_rows(self.steps, query, key, value, named, rows, lambda: self.compose(
+                query, key, value, operands, "all"))
         return dense(self.steps, query, key, value, named,
                      state if state in ("safe", "all") else "none")
 

@@ -9,7 +9,7 @@ CPU has no fast elementwise code, is computed in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -42,19 +42,32 @@ def dense(s: Steps, query: Tensor, key: Tensor, value: Tensor, operands: Mapping
     else:
         leads = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     tile = Tile((*leads, q.shape[-2], k.shape[-2]), operands, dtype, q.device)
-    scores = raw_scores(spec, q, k, tile)
-    if s.alpha != 1:
-        scores = scores * s.alpha if mode == "none" else scores.mul_(s.alpha)
-    weight = weigh(s, tile, scores, mode, scaled=True)
-    out = contract(weight.to(dtype), v)
+
+    def end(shape: tuple[int, ...]) -> Tile:
+        return Tile(shape, operands, dtype, q.device, last=("q", "d"), sizes={"k": k.shape[-2]})
+    out = composed(s, q, k, v, tile, end, mode)
     if mode == "all" and s.recheck and out.numel() and q.device.type != "meta" and (
             math.isnan(out.select(-1, 0).sum().item())):
         return dense(s, query, key, value, operands, "none")
-    whole = (*broadcast(tile.shape[:-2], out.shape[:-2]), q.shape[-2], v.shape[-1])
+    return out.to(query.dtype).contiguous()
+
+
+def composed(s: Steps, query: Tensor, key: Tensor, value: Tensor, tile: Tile,
+             end: Callable[[tuple[int, ...]], Tile], mode: str, own: Tensor | None = None
+             ) -> Tensor:
+    """The window `tile` of the output, in the working dtype of its inputs, which are those of the
+    window; `end` makes the window of the output from its shape, `own` are the values of its rows.
+    """
+    scores = raw_scores(s.spec, query, key, tile)
+    if s.alpha != 1:
+        scores = scores * s.alpha if mode == "none" else scores.mul_(s.alpha)
+    weight = weigh(s, tile, scores, mode, scaled=True)
+    out = contract(weight.to(value.dtype), value)
+    whole = (*broadcast(tile.shape[:-2], out.shape[:-2]), query.shape[-2], value.shape[-1])
     if tuple(out.shape) != whole:
         out, mode = out.expand(whole), "none"
-    if spec.output is not E.out:
-        end = Tile(whole, operands, dtype, q.device, last=("q", "d"), sizes={"k": k.shape[-2]})
-        end.leaves.update(tile.leaves)
-        out = finish(s, out, v, end, mode)
-    return out.to(query.dtype).contiguous()
+    if s.spec.output is not E.out:
+        last = end(whole)
+        last.leaves.update(tile.leaves)
+        out = finish(s, out, value if own is None else own, last, mode)
+    return out

@@ -23,6 +23,7 @@ from attnopt.kernels.cpp.call import (
     DTYPES,
     Gathers,
     Kernel,
+    Places,
     kernel,
     log_sum_exp,
     signature_of,
@@ -31,6 +32,7 @@ from attnopt.kernels.cpp.gathering import gathers
 from attnopt.kernels.cpp.integers import LARGEST
 from attnopt.kernels.cpp.isa import Isa
 from attnopt.kernels.cpp.template import Parts, Tile, source
+from attnopt.kernels.cpp.template_window import window_reasons
 from attnopt.kernels.cpp.toolchain import compile_all, isas, toolchain
 
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,9 +106,12 @@ class Attention:
     otherwise.
     """
 
-    def __init__(self, spec: Spec, tile: Sequence[int] = (), target: Isa | None = None) -> None:
+    def __init__(self, spec: Spec, tile: Sequence[int] = (), target: Isa | None = None,
+                 lowering: str = "cpp") -> None:
         self.spec, self.target = spec, target
-        self.tile = Tile.of(tile) if len(tile) >= 4 else None
+        self.tile = Tile.of(tile, lowering) if len(tile) >= 4 else None
+        if self.tile is not None and self.tile.whole and window_reasons(spec):
+            self.tile = None
         self.possible = not spec_reasons(spec) and not toolchain().why_not()
         self.skips = spec.weights is E.weight
         self.varies = bool(spec.mask.axes - {"q", "k"})
@@ -117,20 +122,37 @@ class Attention:
                  ) -> Tensor | None:
         if not self.possible or not self.takes(query, key, value, operands):
             return None
-        tile = self.tile or self.chosen(query, key, value, operands)
+        tile = self.given(query, key) or self.chosen(query, key, value, operands)
         if tile is None:
             return None
         tile, lists = self.plan(query, key, value, operands, tile)
         run = self.kernel(tile, query, key, value, operands)
         return None if run is None else run(query, key, value, operands, lists=lists)
 
+    def in_maps(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
+                places: Places) -> Tensor | None:
+        """The same of windows of maps: query (S, H, T, D), key and value likewise, the operands
+        those of all windows. Only the kernel for few keys does it."""
+        tile, (windows, rows) = self.tile, places.tokens.shape
+        shapes = [(t.shape[0] * windows, t.shape[1], rows, t.shape[3])
+                  for t in (query, key, value) if t.dim() == 4 and t.shape[2] == places.length]
+        if tile is None or not self.possible or len(shapes) < 3:
+            return None
+        inside = [t.new_empty(()).expand(s) for t, s in zip((query, key, value), shapes,
+                                                            strict=True)]
+        if not self.takes(inside[0], inside[1], inside[2], operands) \
+                or self.given(inside[0], inside[1]) is None:
+            return None
+        run = self.kernel(tile, query, key, value, operands)
+        return None if run is None else run(query, key, value, operands, places=places)
+
     def with_lse(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
                  ) -> tuple[Tensor, Tensor] | None:
         """The same with the log-sum-exp (*L, Q) of the rows, in float32."""
         if not self.possible or not self.takes(query, key, value, operands):
             return None
-        tile, lists = self.plan(query, key, value, operands, self.tile or self.chosen(
-            query, key, value, operands) or Tile())
+        tile, lists = self.plan(query, key, value, operands, self.given(query, key)
+                                or self.chosen(query, key, value, operands) or Tile())
         run = self.kernel(tile, query, key, value, operands)
         if run is None:
             return None
@@ -138,6 +160,15 @@ class Attention:
         found = torch.empty((*leads, query.shape[-2], 2), dtype=torch.float32, device="cpu")
         out = run(query, key, value, operands, statistics=found, lists=lists)
         return out, log_sum_exp(found)
+
+    def given(self, query: Tensor, key: Tensor) -> Tile | None:
+        """The tile that was asked for, where these lengths may have it."""
+        tile = self.tile
+        if tile is None or not tile.whole:
+            return tile
+        width = (self.target or isas()[0]).width
+        few = query.shape[-2] <= tile.rows and tile.keys - width < key.shape[-2] <= tile.keys
+        return tile if few else None
 
     def kernel(self, tile: Tile, query: Tensor, key: Tensor, value: Tensor,
                operands: Sequence[Tensor]) -> Kernel | None:
@@ -200,6 +231,8 @@ class Attention:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
              tile: Tile) -> tuple[Tile, Gathers | tuple[Tensor, Tensor] | None]:
         """The tile, without its box where these lengths have no halos, and what it visits."""
+        if tile.whole:
+            return tile, None
         if tile.box:
             leads: tuple[int, ...] = ()
             if self.varies:
@@ -279,7 +312,7 @@ def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[Tensor]]], training: 
     """
     from attnopt.kernels.choosing import Problem, legal_tiles
     from attnopt.kernels.cpp.template_backward import backward_source
-    from attnopt.kernels.cpp.training import backward_tile, training_reasons
+    from attnopt.kernels.cpp.training import backward_tile, few_keys_tile, training_reasons
 
     width = (target or isas()[0]).width
     sources: dict[str, None] = {}
@@ -289,12 +322,16 @@ def prepare(calls: Sequence[tuple[Spec, Schedule, Sequence[Tensor]]], training: 
         if len(schedule.tile) < 4:
             tiles = legal_tiles(Problem(spec, tuple(query.shape), tuple(key.shape),
                                         tuple(value.shape), query.dtype), few=True)
-        sources.update((source(signature, Tile.of(t), width), None) for t in tiles)
+        sources.update((source(signature, Tile.of(t, schedule.lowering), width), None)
+                       for t in tiles)
         learned = tuple(o.slot for o in spec.operands if o.dtype == E.FLOAT)
         if training and not training_reasons(spec, learned):
             known = key.shape[-2] if isinstance(key.shape[-2], int) else None
+            shapes = [tuple(t.shape) for t in (query, key, value)]
+            few = few_keys_tile(shapes[0], shapes[1], shapes[2], target) if all(
+                isinstance(n, int) for s in shapes for n in s) else None
             sources[backward_source(
-                signature, learned, backward_tile(spec, known, target), width)] = None
+                signature, learned, few or backward_tile(spec, known, target), width)] = None
     compile_all(list(sources), target)
 
 

@@ -44,6 +44,19 @@ class Gathers:
     tiles: int
 
 
+@dataclass(frozen=True)
+class Places:
+    """Windows of a map: which of its tokens each row is, for the kernel for few keys.
+
+    tokens: int32 (windows of a map, rows of a window); length: tokens of a map; along: the leading
+    axis that counts maps on the side of the tensors, and maps * windows on that of the Spec
+    """
+
+    tokens: Tensor
+    length: int
+    along: int
+
+
 class Kernel:
     """One compiled kernel, ready to be called with tensors."""
 
@@ -56,8 +69,9 @@ class Kernel:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor] = (),
                  *, lists: Lists | Gathers | None = None, statistics: Tensor | None = None,
-                 threads: int | None = None) -> Tensor:
-        """query (*L, Q, D), key (*L, K, D), value (*L, K, Dv) -> (*L, Q, Dv).
+                 threads: int | None = None, places: Places | None = None) -> Tensor:
+        """query (*L, Q, D), key (*L, K, D), value (*L, K, Dv) -> (*L, Q, Dv); with `places` the
+        rows of all of them are tokens of maps.
 
         statistics: float32 (*L, Q, 2), to be filled with what turns logits x of a row into weights:
         (shift, inverse) with weight = exp(x - shift) * inverse. Normalisers other than softmax have
@@ -70,12 +84,19 @@ class Kernel:
         if out.numel() == 0:
             return out
         own = [int(_differs(t, i, leads)) for i in range(len(leads)) for t in [(key, value)]]
+        if places is not None:
+            windows, rows = places.tokens.shape
+            keys = rows
+            leads = tuple(n * windows if i == places.along else n for i, n in enumerate(leads))
         words = [threads or torch.get_num_threads(), rows, keys, *leads, *own]
         rank = len(leads)
         for tensor in (query, key, value, out):
             words += matrix(tensor, rank)
         words += matrix(statistics, rank)
-        if self.tile.box:
+        if self.tile.whole:
+            words += [0, 0, 1] if places is None else [
+                places.tokens.data_ptr(), places.along, len(places.tokens)]
+        elif self.tile.box:
             if not isinstance(lists, Gathers):
                 raise ValueError(f"lists must be Gathers for a box, got {type(lists).__name__}")
             words += tile_lists(lists.lists, rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -64,9 +65,19 @@ def _of(node: Expr, args: list[int], lengths: Mapping[str, int], values: Mapping
         case "mul":
             return args[0] * args[1]
         case "int" | "floor" if node.args[0].dtype == E.FLOAT:
-            return _UNKNOWN
+            return min(_UNKNOWN, _clamped(node.args[0]))
         case "mod":
             return args[1]
         case "where":
             return max(args[1:])
     return max(args, default=1)
+
+
+def _clamped(e: Expr) -> int:
+    """No number between the constants that a float is clamped to is larger, if it is."""
+    ends: dict[str, int] = {}
+    while e.op in ("minimum", "maximum") and e.args[1].op == "const":
+        ends.setdefault(e.op, abs(e.args[1].value))
+        e = e.args[0]
+    return math.ceil(max(ends.values())) if len(ends) == 2 and all(
+        map(math.isfinite, ends.values())) else _UNKNOWN

@@ -181,3 +181,31 @@ static void unpack_tokens(const Matrix<E>& x, E* to, const int32_t* token, int c
     }
   }
 }
+
+// -- rows of tokens ------------------------------------------------------------------------------
+// Rows of tokens, times a factor, one behind the other; their ends up to WIDTH are 0.
+template <int OWN, int WIDTH, typename E>
+static void copy_rows(const Matrix<E>& x, const E* from, const int32_t* token, int count,
+                      float* to, float factor) {
+  constexpr int whole = OWN / W * W;
+  for (int i = 0; i < count; i++, to += WIDTH) {
+    const E* const row = from + token[i] * x.row;
+    if (x.column == 1) {
+#pragma GCC unroll 8
+      for (int e = 0; e < whole; e += W) store(to + e, widened(row + e) * factor);
+      for (int e = whole; e < OWN; e++) to[e] = as_float(row[e]) * factor;
+    } else {
+      for (int e = 0; e < OWN; e++) to[e] = as_float(row[e * x.column]) * factor;
+    }
+    for (int e = OWN; e < WIDTH; e++) to[e] = 0;
+  }
+}
+
+// Brings rows nearer that will be read next.
+template <int OWN, typename E>
+INLINE void rows_ahead(const Matrix<E>& x, const E* from, const int32_t* token, int first, int end) {
+  for (int i = first; i < end; i++) {
+    const char* const row = (const char*)(from + token[i] * x.row);
+    for (int at = 0; at < (int)(OWN * sizeof(E)); at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}

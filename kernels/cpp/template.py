@@ -25,6 +25,8 @@ from attnopt.kernels.printing import LEVELS
 #: C++ types of elements in memory, by the name of the torch dtype
 ELEMENTS = {"float32": "float", "float64": "double", "bfloat16": "bf16", "float16": "fp16",
             "int64": "int64_t", "int32": "int32_t", "bool": "bool"}
+#: the lowering of the kernel for few keys in a Schedule
+WINDOW = "cpp:window"
 _MARKER = re.compile(r"^( *)//@(\w+)$", re.MULTILINE)
 
 
@@ -34,6 +36,8 @@ class Tile:
 
     box: sides of the box of queries that the rows are, whose keys are gathered; () where tiles are
     runs of tokens (see `attnopt.ir.halos`)
+    whole: of the kernel for few keys (`window.h`): all of them are in one tile, and the rows are
+    the most queries that there may be
     """
 
     rows: int = 48
@@ -41,12 +45,13 @@ class Tile:
     block_rows: int = 6
     block_vectors: int = 4
     box: tuple[int, ...] = ()
+    whole: bool = False
 
     @staticmethod
-    def of(numbers: Sequence[int]) -> Tile:
+    def of(numbers: Sequence[int], lowering: str = "cpp") -> Tile:
         """The tile of a Schedule: (rows, keys, block rows, block vectors, *box)."""
         rows, keys, block_rows, block_vectors, *box = numbers
-        return Tile(rows, keys, block_rows, block_vectors, tuple(box))
+        return Tile(rows, keys, block_rows, block_vectors, tuple(box), lowering == WINDOW)
 
     @property
     def aligned(self) -> Tile:
@@ -104,6 +109,10 @@ class Parts:
 
 def source(signature: Signature, tile: Tile, width: int) -> str:
     """The text of the kernel for vectors of `width` floats."""
+    if tile.whole:
+        from attnopt.kernels.cpp.template_window import WindowSource
+
+        return WindowSource(signature, tile, width).text()
     return Source(signature, tile, width).text()
 
 

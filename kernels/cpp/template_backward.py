@@ -23,7 +23,8 @@ from attnopt.kernels.cpp.template import Hoisted, Parts, Signature, Source, Tile
 
 def backward_source(signature: Signature, wanted: tuple[str, ...], tile: Tile, width: int) -> str:
     """The text of the kernel; `wanted` are slots of operands that want a gradient."""
-    return _BackwardSource(signature, wanted, tile, width).text()
+    kind = _WindowSource if tile.whole else _BackwardSource
+    return kind(signature, wanted, tile, width).text()
 
 
 def loads_of(spec: Spec, slot: str) -> list[Expr]:
@@ -34,7 +35,7 @@ def loads_of(spec: Spec, slot: str) -> list[Expr]:
 
 
 class _BackwardSource(Source):
-    files = ("attention.h", "pairs.h", "lanes.h", "products.h", "backward.h")
+    files = ("attention.h", "pairs.h", "lanes.h", "products.h", "gradients.h", "backward.h")
 
     def __init__(self, signature: Signature, wanted: tuple[str, ...], tile: Tile, width: int
                  ) -> None:
@@ -142,3 +143,9 @@ class _BackwardSource(Source):
             found["gradient_head"].append(f"vf sums_{name}[NB] = {{}};")
             found["gradient_cell"].append(f"sums_{name}[j] += part_{name};")
             found["gradient_tile"].append(f"  {how}(to_{slot}, sums_{name}[j], {places});")
+
+
+class _WindowSource(_BackwardSource):
+    """Of the kernel for few keys."""
+
+    files = (*_BackwardSource.files[:-1], "window_backward.h")

@@ -32,6 +32,8 @@ from attnopt.kernels.cpp.template_backward import loads_of
 #: keys of a tile; from so many keys on, the first
 _WIDTHS, _FEW = (64, 48), 512
 _GRADIENTS = {torch.float32, torch.bfloat16, torch.float16}
+#: keys, and rows, up to which all of them are one tile; beyond, tiles leave the caches
+MOST_FEW = 112
 #: of `is_grads_batched`, which functorch does not know of
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -86,6 +88,23 @@ def backward_tile(spec: Spec, keys: int | None = None, target: Isa | None = None
     return Tile(rows, width, 6, 4 if (target or isa()).registers >= 32 else 2)
 
 
+def few_keys_tile(query: Sequence[int], key: Sequence[int], value: Sequence[int],
+                  target: Isa | None = None) -> Tile | None:
+    """The tile of the backward kernel for few keys at these shapes, None where it does not serve
+    them: more than that, or keys that several heads share."""
+    leads = broadcast(query[:-2], key[:-2], value[:-2])
+    rows, keys = query[-2], key[-2]
+    if max(rows, keys) > MOST_FEW or not leads == tuple(key[:-2]) == tuple(value[:-2]):
+        return None
+    isa_ = target or isa()
+    vectors = -(-keys // isa_.width)
+    each = max(n for n in (1, 2, 3, 4) if vectors % n == 0)
+    most = min((isa_.registers - 1 - each) // each, 14)
+    block = min(range(max(1, most // 2), most + 1),
+                key=lambda n: (-(-rows // n) * n + -(-keys // n) * n, -n))
+    return Tile(-(-rows // block) * block, vectors * isa_.width, block, each, whole=True)
+
+
 class Training:
     """A Spec as generated C++ where autograd records: (query, key, value, operands) -> out or None.
 
@@ -103,12 +122,13 @@ class Training:
             return None
         if any(t.numel() > LARGEST for t in operands):  # expanded: its gradient is not
             return None
-        tile = attention.tile or attention.chosen(query, key, value, operands)
+        tile = attention.given(query, key) or attention.chosen(query, key, value, operands)
         if tile is None:
             return None
-        back = backward_tile(self.spec, key.shape[-2], attention.target)
+        back = few_keys_tile(query.shape, key.shape, value.shape, attention.target) \
+            or backward_tile(self.spec, key.shape[-2], attention.target)
         rank = max(query.dim(), key.dim(), value.dim())
-        known = (tile, back.keys, query.dtype, query.shape[-1], value.shape[-1], rank,
+        known = (tile, back, query.dtype, query.shape[-1], value.shape[-1], rank,
                  *((t.dtype, t.dim(), t.requires_grad) for t in operands))
         if known not in self.pairs:
             self.pairs[known] = self.pair(tile.aligned, back, query, key, value, operands)
@@ -145,7 +165,14 @@ class _Attend(torch.autograd.Function):
         statistics = torch.empty((*leads, query.shape[-2], 2), dtype=torch.float32, device="cpu")
         out = forward(query, key, value, operands, statistics=statistics,
                       lists=attention.lists(query, key, value, operands, forward.tile))
-        ctx.save_for_backward(query, key, value, out, statistics, *operands)
+        if out._is_view():  # autograd lets nobody write to a view that a function returns
+            out = out.new_empty(0).set_(out)  # type: ignore[call-overload]
+        # A product of matrices does not save its result, so that whoever gets it may write to it:
+        # this one is saved under a counter of its own, and computed again after a write.
+        ctx.save_for_backward(query, key, value, out.data, statistics, *operands)
+        ctx.writes, ctx.forward = out.detach(), forward
+        ctx.writes.data = out.new_empty(0)  # of the output, the counter of writes alone
+        ctx.before = out._version
         ctx.attention, ctx.gradients = attention, gradients
         return out
 
@@ -159,6 +186,9 @@ class _Attend(torch.autograd.Function):
         if not plain:
             found = _composed(attention.spec, (*inputs, *operands), grad, needed)
         else:
+            if ctx.writes._version != ctx.before:
+                tiles = attention.lists(query, key, value, operands, ctx.forward.tile)
+                out = ctx.forward(query, key, value, operands, lists=tiles)
             lists = attention.lists(query, key, value, operands, gradients.tile)
             found = gradients(inputs, operands, out, statistics, grad, needed[:3], lists=lists)
         return (None, None, None, *found)

@@ -151,7 +151,9 @@ def _neighbours(sampling: Sampling, x: Tensor, size: Tensor | int
     they are within; all (…, 1 or 2)."""
     last = size - 1
     index = size.dtype if isinstance(size, Tensor) else torch.int32
-    if sampling.padding == "border":
+    if sampling.padding == "reflection":
+        x = _reflected(sampling, x, size)
+    if sampling.padding != "zeros":
         fixed = _clamp(x.detach().nan_to_num(0.0), 0, last).clamp(min=0)
         # At the ends there is no gradient, as F.grid_sample has it.
         x = torch.where((x > 0) & (x < last), x, fixed)
@@ -171,6 +173,16 @@ def _neighbours(sampling: Sampling, x: Tensor, size: Tensor | int
     near = _clamp(texel, 0, top)
     within = near == texel
     return near, part * within, within
+
+
+def _reflected(sampling: Sampling, x: Tensor, size: Tensor | int) -> Tensor:
+    """To and fro between the centres of the outermost texels, or their edges; where these are one
+    place, and where x is not finite, NaN, which is the first texel."""
+    first, length = (0.0, size - 1) if sampling.align_corners else (-0.5, size)
+    far = (x - first).abs()
+    turns = (far.detach() / length).floor()
+    rest = far - turns * length
+    return torch.where(turns.remainder(2) == 1, length - rest, rest) + first
 
 
 def _clamp(x: Tensor, low: int, high: Tensor | int) -> Tensor:

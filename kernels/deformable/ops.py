@@ -1,11 +1,12 @@
 """The op `attnopt::deformable_attention`, its fake, its gradient and its batching.
 
     deformable_attention(Tensor value, Tensor locations, Tensor weights, Tensor? depth,
-                         SymInt[] shapes, str sampling) -> Tensor
+                         SymInt[] shapes, str sampling, str schedule="") -> Tensor
 
-`Sampling` says what the tensors are. The forward pass keeps nothing but its arguments; the backward
-pass makes the corners again, in blocks of queries, so that neither holds more than the corners of
-one block. The gradient of the gradient comes from a composition that holds all of them.
+`Sampling` says what the tensors are; the schedule is "aten" where no kernel is to be generated. The
+forward pass keeps nothing but its arguments; the backward pass makes the corners again, in blocks
+of queries, so that neither holds more than the corners of one block. The gradient of the gradient
+comes from a composition that holds all of them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from attnopt.kernels.deformable import triton_gather
 from attnopt.kernels.deformable.corners import compose, result_dtype
-from attnopt.kernels.deformable.gather import gather
+from attnopt.kernels.deformable.gather import gather, gradients
 from attnopt.kernels.deformable.sampling import Sampling
 
 #: corners of a block of queries, forward and backward
@@ -27,7 +29,8 @@ CORNERS, BACKWARD_CORNERS = 1 << 18, 1 << 21
 _library = torch.library.Library("attnopt", "FRAGMENT")
 _library.define(
     "deformable_attention(Tensor value, Tensor locations, Tensor weights, Tensor? depth, "
-    "SymInt[] shapes, str sampling) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    "SymInt[] shapes, str sampling, str schedule='') -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[int],
@@ -42,7 +45,7 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shap
 
 
 def _forward(value: Tensor, locations: Tensor, weights: Tensor, depth: Tensor | None,
-             shapes: Sequence[int], sampling: str) -> Tensor:
+             shapes: Sequence[int], sampling: str, schedule: str = "") -> Tensor:
     what = Sampling.parse(sampling)
     what.check(value, locations, weights, depth, shapes)
     b, queries, h = locations.shape[:3]
@@ -50,9 +53,10 @@ def _forward(value: Tensor, locations: Tensor, weights: Tensor, depth: Tensor | 
                       device=value.device)
     if out.numel() == 0:
         return out
-    generated = gather(what, value, locations, weights, depth, shapes)
-    if generated is not None:
-        return generated
+    for way in () if schedule == "aten" else (triton_gather.gather, gather):
+        generated = way(what, value, locations, weights, depth, shapes)
+        if generated is not None:
+            return generated
     with torch.no_grad():
         for start, stop in _blocks(what, locations, CORNERS):
             part = locations[:, start:stop], weights[:, start:stop]
@@ -77,7 +81,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _fake(value: Tensor, locations: Tensor, weights: Tensor, depth: Tensor | None,
-          shapes: Sequence[int], sampling: str) -> Tensor:
+          shapes: Sequence[int], sampling: str, schedule: str = "") -> Tensor:
     what = Sampling.parse(sampling)
     what.check(value, locations, weights, depth, shapes)
     b, queries, h = locations.shape[:3]
@@ -86,20 +90,23 @@ def _fake(value: Tensor, locations: Tensor, weights: Tensor, depth: Tensor | Non
 
 # -- gradients ------------------------------------------------------------------------------------
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, locations, weights, depth, shapes, sampling = inputs
+    value, locations, weights, depth, shapes, sampling, *schedule = inputs
     ctx.save_for_backward(value, locations, weights, depth)
     ctx.shapes, ctx.sampling = shapes, Sampling.parse(sampling)
+    ctx.schedule, ctx.others = "".join(schedule), (None,) * (len(inputs) - 4)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     wanted = [i for i, need in enumerate(ctx.needs_input_grad[:4]) if need]
     if not wanted:
-        return (None,) * 6
+        return (None,) * 4 + tuple(ctx.others)
     traced = any(type(t) not in (Tensor, Parameter, type(None)) for t in (*tensors, grad))
-    way = _whole if traced or torch.is_grad_enabled() else _in_blocks
-    found = way(ctx, tensors, wanted, grad)
-    return *(found.get(i) for i in range(4)), None, None
+    if traced or torch.is_grad_enabled():
+        found = _whole(ctx, tensors, wanted, grad)
+    else:
+        found = _generated(ctx, tensors, wanted, grad) or _in_blocks(ctx, tensors, wanted, grad)
+    return *(found.get(i) for i in range(4)), *ctx.others
 
 
 def _whole(ctx: Any, tensors: Sequence[Tensor | None], wanted: Sequence[int], grad: Tensor
@@ -113,6 +120,20 @@ def _whole(ctx: Any, tensors: Sequence[Tensor | None], wanted: Sequence[int], gr
     given = [t for i in wanted if (t := tensors[i]) is not None]
     found = torch.autograd.grad(out, given, grad, create_graph=True, allow_unused=True)
     return dict(zip(wanted, found, strict=True))
+
+
+def _generated(ctx: Any, tensors: Sequence[Tensor | None], wanted: Sequence[int], grad: Tensor
+               ) -> dict[int, Tensor | None] | None:
+    """By a generated kernel; None where there is none for these tensors."""
+    if ctx.schedule == "aten":
+        return None
+    names = triton_gather.NAMES
+    made = triton_gather.gradients(
+        ctx.sampling, tensors, [names[i] for i in wanted], grad, ctx.shapes)
+    if made is not None:
+        return {i: made[names[i]] for i in wanted}
+    found = gradients(ctx.sampling, tensors, wanted, grad, ctx.shapes)
+    return None if found is None else dict(found)
 
 
 def _in_blocks(ctx: Any, tensors: Sequence[Tensor | None], wanted: Sequence[int], grad: Tensor
@@ -158,8 +179,8 @@ def _gradients(ctx: Any, block: Sequence[Tensor | None], given: Sequence[Tensor]
 
 # -- batching -------------------------------------------------------------------------------------
 def _batched(info: Any, in_dims: tuple[Any, ...], value: Tensor, locations: Tensor,
-             weights: Tensor, depth: Tensor | None, shapes: Sequence[int], sampling: str
-             ) -> tuple[Tensor, int]:
+             weights: Tensor, depth: Tensor | None, shapes: Sequence[int], sampling: str,
+             schedule: str = "") -> tuple[Tensor, int]:
     def folded(tensor: Tensor | None, dim: int | None) -> Tensor | None:
         if tensor is None:
             return None
@@ -169,7 +190,7 @@ def _batched(info: Any, in_dims: tuple[Any, ...], value: Tensor, locations: Tens
 
     tensors = [folded(t, d) for t, d in zip(
         (value, locations, weights, depth), in_dims[:4], strict=True)]
-    out = torch.ops.attnopt.deformable_attention.default(*tensors, shapes, sampling)
+    out = torch.ops.attnopt.deformable_attention.default(*tensors, shapes, sampling, schedule)
     return out.unflatten(0, (info.batch_size, -1)), 0
 
 

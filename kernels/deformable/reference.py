@@ -78,7 +78,13 @@ def _coordinate(sampling: Sampling, at: Tensor, size: int) -> Tensor:
 def _texels(sampling: Sampling, at: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     """The texels next to a location along one axis, with their weights."""
     x = _coordinate(sampling, at, size)
-    if sampling.padding == "border":
+    if sampling.padding == "reflection":
+        # To and fro between the centres of the outermost texels, or their edges.
+        first = 0.0 if sampling.align_corners else -0.5
+        length = size - 1 if sampling.align_corners else size
+        x = (x - first).abs() % (2 * length) if length > 0 else x * torch.nan
+        x = torch.where(x > length, 2 * length - x, x) + first
+    if sampling.padding != "zeros":
         inside = (x > 0) & (x < size - 1)  # at the ends no gradient, as F.grid_sample has it
         fixed = x.detach().nan_to_num(0.0, torch.inf, -torch.inf).clamp(0, max(size - 1, 0))
         x = torch.where(inside, x, fixed)

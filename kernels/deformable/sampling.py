@@ -10,7 +10,7 @@ depth distribution the texels have one more axis that is never built (DFA3D, Li 
     s_corner = (1 - fz) * depth[corner, z0] + fz * depth[corner, z0 + 1]
 
 which is the sample of the outer product of value and depth, exactly. What lies outside of the grid
-or of the depths is 0, or the border's.
+or of the depths is 0, the border's or reflected.
 
 Tensors, in the dtypes that they have:
 
@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MODES = ("linear", "nearest")
-PADDINGS = ("zeros", "border")
+PADDINGS = ("zeros", "border", "reflection")
 #: of locations: 0 to 1, -1 to 1 (F.grid_sample's), or texels from the centre of the first
 RANGES = ("unit", "signed", "texels")
 NOT_FINITE = ("zero", "nan")
@@ -46,12 +46,14 @@ class Sampling:
     points:        number of points of each level
     axes:          of a level's grid: 1, 2 or 3
     mode:          "linear" or "nearest" (a tie goes to the even texel)
-    padding:       "zeros" or "border"
+    padding:       "zeros", "border" or "reflection" (about the centres of the outermost texels with
+                   align_corners, else about their edges)
     align_corners: the ends of the range are the centres of the outermost texels, not their edges
     range:         of the locations: "unit", "signed" or "texels"
     not_finite:    a location that is NaN or infinite, with padding zeros and mode linear, gives
                    "zero" (as CUDA kernels do) or "nan" (as F.grid_sample does for two axes on a
-                   CPU). With border, NaN is the first texel, an infinite one the border's.
+                   CPU). With border, NaN is the first texel, an infinite one the border's; with
+                   reflection both are the first texel.
     """
 
     points: tuple[int, ...]

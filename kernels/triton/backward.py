@@ -1,4 +1,4 @@
-"""Spec + Signature -> the source of the backward kernels, none of which needs an atomic addition.
+"""Spec + Signature -> the source of the backward kernels; only that of a table adds by atomics.
 
 With x the logits, w the weights, g the gradient of the output and delta(q) = g . out:
 
@@ -12,7 +12,8 @@ With x the logits, w the weights, g the gradient of the output and delta(q) = g 
     grad_key         dK and dV, and key by key that of operands that vary along k alone; one program
                      walks over all heads that share its keys
     grad_<operand>   of an operand that varies along q and k; one program per tile of it walks over
-                     the leading axes along which it does not vary
+                     the leading axes along which it does not vary. Of a table that is gathered
+                     from, see `backward_tables`.
 
 The derivatives of the logits are those of `attnopt.ir.derivative`. The weights are computed again
 from the log-sum-exp (of what the sum is for other normalisers) that the forward kernel stored.
@@ -27,6 +28,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.derivative import derivative
 from attnopt.ir.spec import Spec
 from attnopt.kernels.triton.backward_kernels import GradKey, GradQuery, GradTile, RowDots
+from attnopt.kernels.triton.backward_tables import GradTable, gathers
 from attnopt.kernels.triton.body import Body
 from attnopt.kernels.triton.layout import Signature, Source, module
 from attnopt.kernels.triton.plan import Plan
@@ -56,9 +58,9 @@ def reasons(spec: Spec) -> list[str]:
 
 
 def kinds(spec: Spec, slots: frozenset[str], leading: tuple[str, ...]) -> dict[str, str] | None:
-    """How the gradient of each operand is found: "row", "column", "tile" or "sink".
+    """How the gradient of each operand is found: "row", "column", "tile", "table" or "sink".
 
-    None where one of them has no kernel: gathered tables, factors of a low-rank term.
+    None where one of them has no kernel: factors of a low-rank term.
     """
     found = {}
     for slot in sorted(slots):
@@ -73,7 +75,10 @@ def kinds(spec: Spec, slots: frozenset[str], leading: tuple[str, ...]) -> dict[s
             found[slot] = "sink"
             continue
         if leaf not in spec.logits.leaves:
-            return None
+            if not gathers(spec, slot):
+                return None
+            found[slot] = "table"
+            continue
         if any(x.op in ("load", "inner") and slot in x.slots and x is not leaf
                for x in spec.logits.leaves):
             return None
@@ -97,4 +102,5 @@ def backward(spec: Spec, signature: Signature, by_keys: Signature, wanted: tuple
     bodies: list[Body] = [RowDots(spec, runs), GradQuery(spec, signature, rows),
                           GradKey(spec, by_keys, columns)]
     bodies += [GradTile(spec, runs, s) for s in wanted if found.get(s) == "tile"]
+    bodies += [GradTable(spec, runs, s) for s in wanted if found.get(s) == "table"]
     return module("Attention, backward, generated.", spec, [b.kernel for b in bodies])

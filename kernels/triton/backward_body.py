@@ -71,6 +71,43 @@ class Backward(Body):
             k.add([f"lse_here = {k.here('lse', self.signature.axes)}",
                    f"delta_here = {k.here('delta', self.signature.axes)}"])
 
+    def start_tile(self, axes: tuple[str, ...]) -> None:
+        """One program for each tile of queries by keys, of one entry of these leading axes."""
+        k = self.kernel
+        k.add(f"own_tiles = tl.cdiv({k.size('q')}, BM)\nkey_tiles = tl.cdiv({k.size('k')}, BN)")
+        k.add("""
+            number = tl.program_id(0)
+            there = number % key_tiles * BN
+            number = number // key_tiles
+            first = number % own_tiles * BM
+            lead = number // own_tiles
+        """)
+        k.indices("lead", axes)
+        k.add("""
+            rows = first + tl.arange(0, BM)
+            q = rows[:, None]
+            q_inside = tl.minimum(q, size_q - 1)
+            k = (there + tl.arange(0, BN))[None, :]
+        """)
+
+    def tiles(self) -> None:
+        """Load such a tile's rows of all tensors; its scores."""
+        k, signature = self.kernel, self.signature
+        for name, axes, axis, place, rows, width in (
+                ("query", signature.query, "q", "first", "BM", "D"),
+                ("grad", signature.axes, "q", "first", "BM", "V"),
+                ("key", signature.key, "k", "there", "BN", "D"),
+                ("value", signature.value, "k", "there", "BN", "V")):
+            k.add(f"{name}_here = {k.here(name, axes)}")
+            k.tile(f"{name}_tile", name, (), axis, place, False, rows, width, descriptor=False)
+        self.row_pointers()
+        self.row_values()
+        k.add("score = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)")
+        for i, leaf in enumerate(self.inners):
+            self.factor(i, leaf)
+            k.add([f"right{i} = {self.factor_tile(i, leaf.value[1], 'k', 'there', False)}",
+                   f"inner{i} = tl.dot(left{i}, tl.trans(right{i}), input_precision=PRECISION)"])
+
     def gradient(self, full: bool, names: dict[str, str], depth: int) -> None:
         """`p`, what meets the values, and `dx`, from score and dw."""
         k, plan = self.kernel, self.plan

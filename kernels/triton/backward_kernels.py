@@ -174,22 +174,8 @@ class GradTile(Backward):
         k = self.kernel
         own = tuple(a for a in signature.axes if a in self.axes_of(slot))
         rest = tuple(a for a in signature.axes if a not in own)
-        k.add(f"own_tiles = tl.cdiv({k.size('q')}, BM)\nkey_tiles = tl.cdiv({k.size('k')}, BN)")
-        k.add("""
-            number = tl.program_id(0)
-            there = number % key_tiles * BN
-            number = number // key_tiles
-            first = number % own_tiles * BM
-            lead = number // own_tiles
-        """)
-        k.indices("lead", own)
-        k.add("""
-            rows = first + tl.arange(0, BM)
-            q = rows[:, None]
-            q_inside = tl.minimum(q, size_q - 1)
-            k = (there + tl.arange(0, BN))[None, :]
-            gradient = tl.zeros([BM, BN], tl.float32)
-        """)
+        self.start_tile(own)
+        k.add("gradient = tl.zeros([BM, BN], tl.float32)")
         start = len(k.lines)
         if rest:
             k.indices("member", rest)
@@ -205,21 +191,8 @@ class GradTile(Backward):
               "mask=(q < size_q) & (k < size_k))")
 
     def step(self, slot: str) -> None:
-        k, signature = self.kernel, self.signature
-        for name, axes, axis, place, rows, width in (
-                ("query", signature.query, "q", "first", "BM", "D"),
-                ("grad", signature.axes, "q", "first", "BM", "V"),
-                ("key", signature.key, "k", "there", "BN", "D"),
-                ("value", signature.value, "k", "there", "BN", "V")):
-            k.add(f"{name}_here = {k.here(name, axes)}")
-            k.tile(f"{name}_tile", name, (), axis, place, False, rows, width, descriptor=False)
-        self.row_pointers()
-        self.row_values()
-        k.add("score = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)")
-        for i, leaf in enumerate(self.inners):
-            self.factor(i, leaf)
-            k.add([f"right{i} = {self.factor_tile(i, leaf.value[1], 'k', 'there', False)}",
-                   f"inner{i} = tl.dot(left{i}, tl.trans(right{i}), input_precision=PRECISION)"])
+        k = self.kernel
+        self.tiles()
         printer = self.printer("v")
         names = self.leaves(printer, (slot,))
         k.add(masked(printer.all(), f"k < {k.size('k')}"))

@@ -7,6 +7,7 @@ as a difference of this file. `python -m attnopt.kernels.triton.budget` records 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -73,24 +74,29 @@ def measure(name: str) -> Resources:
 @cache
 def recorded() -> dict[str, dict[str, int]]:
     """The record by configuration."""
-    found: dict[str, dict[str, int]] = json.loads(PATH.read_text())["kernels"]
-    return found
+    return read(PATH)[1]
 
 
 @cache
 def version() -> str:
     """The triton that the record was made with."""
-    return str(json.loads(PATH.read_text())["triton"])
+    return read(PATH)[0]
 
 
-def record() -> None:
-    """Measure all configurations and write the record."""
+def read(path: Path) -> tuple[str, dict[str, dict[str, int]]]:
+    """The triton that a record was made with, and its numbers by configuration."""
+    found = json.loads(path.read_text())
+    return str(found["triton"]), found["kernels"]
+
+
+def write(path: Path, numbers: Mapping[str, Mapping[str, int]]) -> None:
+    """Store a record."""
     import triton
 
-    lines = [f"  {json.dumps(name)}: {json.dumps(measure(name).as_dict)}" for name in CONFIGS]
-    PATH.write_text('{"triton": "' + triton.__version__ + '", "kernels": {\n'
+    lines = [f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in numbers.items()]
+    path.write_text('{"triton": "' + triton.__version__ + '", "kernels": {\n'
                     + ",\n".join(lines) + "\n}}\n")
 
 
 if __name__ == "__main__":
-    record()
+    write(PATH, {name: measure(name).as_dict for name in CONFIGS})

@@ -20,6 +20,7 @@ from attnopt.ir.spec import Spec
 from attnopt.ir.tiling import Tiling, tile_count
 from attnopt.kernels.triton.backward import backward, kinds
 from attnopt.kernels.triton.backward_body import shared_axes
+from attnopt.kernels.triton.backward_tables import copies
 from attnopt.kernels.triton.boxes import constants
 from attnopt.kernels.triton.launch import (
     cut_of,
@@ -78,6 +79,7 @@ class Gradients:
         self.by_queries(found)
         self.by_keys(found)
         self.by_tiles(found)
+        self.by_tables(found)
         self.of_sinks(found)
         for name, gradient in found.items():
             own = tensors.get(name if name in INPUTS else f"op_{name}")
@@ -134,6 +136,19 @@ class Gradients:
                        math.ceil(queries / tile.rows) * math.ceil(keys / tile.keys)
                        * math.prod(own))
             found[slot] = outputs[f"grad_{slot}"]
+
+    def by_tables(self, found: dict[str, Tensor]) -> None:
+        problem, tile = self.problem, self.of("operand")
+        for slot in self.slots:
+            if self.kinds.get(slot) != "table":
+                continue
+            table = problem.tensors[f"op_{slot}"]
+            whole = table.new_zeros((copies(table.numel()), *table.shape), dtype=torch.float32)
+            self.start(f"grad_{slot}", "operand",
+                       {f"grad_{slot}": whole[0], f"copies_{slot}": whole},
+                       math.ceil(problem.sizes["q"] / tile.rows)
+                       * math.ceil(problem.sizes["k"] / tile.keys) * problem.programs)
+            found[slot] = whole.sum(0)
 
     def of_sinks(self, found: dict[str, Tensor]) -> None:
         """A sink takes part in the sum only: its logit's gradient is -w(sink) * delta."""

@@ -120,16 +120,15 @@ def compile_for(source: Source, name: str, target: str, fixed: Mapping[str, Any]
     fixed: its constexpr parameters; dtype: of query, key, value and float operands
     blocks: by name the shape of what TMA reads at a time
     """
-    import triton
-    from triton.compiler import ASTSource
-
     function = kernel(source, name)
     kinds = {o.slot: o.dtype for o in spec.operands}
+    whole = FLOAT32 | {f"grad_{a.of.removeprefix('copies_')}" for a in source.arguments[name]
+                       if a.of.startswith("copies_")}
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
     values: dict[tuple[int], Any] = {}
     for i, argument in enumerate(source.arguments[name]):
-        text = _type(argument, dtype, kinds)
+        text = _type(argument, dtype, kinds, whole)
         if fixed["TMA"] and argument.kind == "pointer" and argument.name in blocks:
             shape = ", ".join(map(str, blocks[argument.name]))
             signature[argument.name] = f"tensordesc<{_TYPES[dtype]}[{shape}]>"
@@ -146,14 +145,32 @@ def compile_for(source: Source, name: str, target: str, fixed: Mapping[str, Any]
     for constant in source.constants[name]:
         values[(len(signature),)] = fixed[constant]
         signature[constant] = "constexpr"
+    return measured(build(function, signature, values, attributes, target, tile.warps,
+                          tile.stages), target)
+
+
+def build(function: Any, signature: Mapping[str, str], values: Mapping[tuple[int], Any],
+          attributes: Mapping[tuple[int], Any], target: str, warps: int, stages: int,
+          **options: Any) -> Any:
+    """A kernel compiled for a target. Raises KernelError where it does not compile.
+
+    signature: the type of each argument; values: of constants, and attributes, by place
+    """
+    import triton
+    from triton.compiler import ASTSource
+
     try:
-        compiled = triton.compile(
-            ASTSource(function, signature=signature, constexprs=values, attrs=attributes),
-            target=gpu_target(target),
-            options={"num_warps": tile.warps, "num_stages": tile.stages})
+        return triton.compile(
+            ASTSource(function, signature=dict(signature), constexprs=dict(values),
+                      attrs=dict(attributes)), target=gpu_target(target),
+            options={"num_warps": warps, "num_stages": stages, **options})
     except Exception as error:
-        raise KernelError(f"{name} must compile for {target}, got {type(error).__name__}: "
-                          f"{error}") from error
+        raise KernelError(f"{function.__name__} must compile for {target}, got "
+                          f"{type(error).__name__}: {error}") from error
+
+
+def measured(compiled: Any, target: str) -> Resources:
+    """What a compiled kernel takes."""
     return _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, target)
 
 
@@ -170,7 +187,7 @@ def gpu_target(name: str) -> Any:
     return GPUTarget("cuda", int(name[3:]), 32)
 
 
-def _type(argument: Argument, dtype: str, kinds: Mapping[str, str]) -> str:
+def _type(argument: Argument, dtype: str, kinds: Mapping[str, str], whole: frozenset[str]) -> str:
     if argument.kind == "list":
         return "*i32"
     if argument.kind == "number":
@@ -179,7 +196,7 @@ def _type(argument: Argument, dtype: str, kinds: Mapping[str, str]) -> str:
         return "i32"
     if argument.of in kinds:
         return {BOOL: "*u8", INT: "*i32"}.get(kinds[argument.of], f"*{_TYPES[dtype]}")
-    return "*fp32" if argument.of in FLOAT32 else f"*{_TYPES[dtype]}"
+    return "*fp32" if argument.of in whole else f"*{_TYPES[dtype]}"
 
 
 #: what the kernels keep in float32 whatever the inputs are

@@ -25,6 +25,7 @@ from attnopt.passes.analyze.lift import Index, Layout, Lifted, Unliftable, hint
 from attnopt.passes.analyze.lift_floats import FloatLifter
 from attnopt.passes.analyze.relative_products import Product, product_at
 from attnopt.passes.analyze.relative_tables import is_row_table
+from attnopt.passes.analyze.sampled_bias import SampledTable, sampled_at
 from attnopt.passes.analyze.structure import named_layout
 from attnopt.passes.canonical import Canonical, Tensor
 from attnopt.passes.recognize.axes import Axis, product, resolve, settle
@@ -42,6 +43,7 @@ class BiasLifter(FloatLifter):
         super().__init__(*args, **kwargs)
         #: tables that the program does not hold, by the name that loads them
         self.products: dict[str, Product] = {}
+        self.samplings: dict[str, SampledTable] = {}
 
     def lift(self, node: fx.Node, indices: Index) -> Lifted:
         lifted = super().lift(node, indices)
@@ -49,6 +51,8 @@ class BiasLifter(FloatLifter):
         for name in loads.keys() & self.products.keys():
             made = self.products[name]
             loads |= {n.name: n for n in (made.rows, made.table)}
+        for name in loads.keys() & self.samplings.keys():
+            loads |= self.samplings[name].loads
         return replace(lifted, loads=loads)
 
     def looked_up(self, table: fx.Node, places: Index) -> Expr:
@@ -72,6 +76,8 @@ class BiasLifter(FloatLifter):
                 if is_row_table(self, node, idx):
                     return self.load(node, idx)
                 made = product_at(self, node, idx)
+                if made is None:
+                    made = sampled_at(self, node, idx)
                 if made is not None:
                     return made
             if not _BOTH <= along or any(

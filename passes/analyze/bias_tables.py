@@ -27,13 +27,14 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.mask_base import K, Q
 from attnopt.ir.spec import Operand
 from attnopt.kernels import tabulate
-from attnopt.passes.analyze import relative_tables
+from attnopt.passes.analyze import relative_tables, sampled_bias
 from attnopt.passes.analyze.bias_regions import Region, evaluated, region_of
 from attnopt.passes.analyze.bias_strips import Strip, dimensions, strip_of
 from attnopt.passes.analyze.by_value import Values
 from attnopt.passes.analyze.inline_operands import Operands
 from attnopt.passes.analyze.lift import Lifter
 from attnopt.passes.analyze.relative_tables import RowTable
+from attnopt.passes.analyze.sampled_bias import SampledTable
 from attnopt.passes.canonical import Recipe, Target
 from attnopt.passes.canonical import Tensor as Brought
 from attnopt.passes.normalize import is_tensor
@@ -63,6 +64,9 @@ class Tabulated:
         return self.expr.op == "load"
 
 
+Found = Tabulated | Region | RowTable | SampledTable
+
+
 @dataclass
 class BiasTables:
     """Terms of one operand as tables; `of` replaces them by loads of names that are in `found`.
@@ -76,12 +80,12 @@ class BiasTables:
     names: tuple[str, ...]
     fixed: tuple[int, int] | None
     kept: Expr = E.TRUE
-    found: dict[str, Tabulated | Region | RowTable] = field(default_factory=dict)
+    found: dict[str, Found] = field(default_factory=dict)
     guards: set[str] = field(default_factory=set)
 
     def of(self, e: Expr) -> Expr:
         """`e` with its terms that are look-ups by position as loads of tables."""
-        if not _BOTH <= e.indices:
+        if not _BOTH <= e.indices or sampled_bias.read(self.found, self.guards, self.lifter, e):
             return e
         if e.has("inner"):  # no function of positions; what is beside it may be
             return E.rebuild(e, tuple(map(self.of, e.args)))
@@ -313,16 +317,18 @@ def worth(e: Expr) -> bool:
     return dear > 2 * GATHER
 
 
-def declare(operands: Operands, expr: Expr,
-            tables: Mapping[str, Tabulated | Region | RowTable]) -> None:
+def declare(operands: Operands, expr: Expr, tables: Mapping[str, Found]) -> None:
     """Bind the loads of tables in `expr` to new operands that the rewritten graph makes."""
     slots: dict[str, str] = {}
     loads = sorted((n for n in expr.leaves if n.op == "load" and n.value in tables), key=str)
     for load in sorted(loads, key=lambda n: any(a.has("load") for a in n.args)):
         name = str(load.value)
+        found = tables[name]
+        if isinstance(found, SampledTable):
+            operands.bound[load] = found.declare(operands)
+            continue
         if name not in slots:
             slot = slots[name] = operands.new_slot()
-            found = tables[name]
             if isinstance(found, RowTable):
                 operands.declared[slot] = found.operand(operands, slot)
             else:

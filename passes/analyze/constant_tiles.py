@@ -108,9 +108,8 @@ def _hiding(made: _Inlining, operand: Operand, table: Tensor) -> Tensor:
     kept = table > LOW
     finite = bool((table[~kept] > -math.inf).any())
     rows = bool(kept.any(-1).all()) and not spec.mask.predicate().has("load")
-    others = [made.analysis.provenance(t.node).parts
-              for s, t in made.canonical.operands.items() if s != slot]
-    alone = all(parts <= {"parameter", "activation"} for parts in others) and not any(
+    others = [t.node for s, t in made.canonical.operands.items() if s != slot]
+    alone = not any(map(made.analysis.hides, others)) and not any(
         n.op == "const" and n.dtype == E.FLOAT and n.value <= LOW for n in spec.logits.walk())
     if not rows or finite and not (alone and spec.mask.predicate() is E.TRUE):
         raise Unliftable("a row may keep no key")

@@ -33,6 +33,7 @@ from attnopt.passes.analyze import (
     low_rank,
     low_rank_values,
     relative_tables,
+    sampled_bias,
 )
 from attnopt.passes.analyze.bias_lifter import BiasLifter, grid_layout
 from attnopt.passes.analyze.bias_tables import BiasTables
@@ -51,6 +52,7 @@ from attnopt.passes.analyze.lift_floats import FloatLifter, decides
 from attnopt.passes.analyze.logic import leaves_of, literals
 from attnopt.passes.analyze.mask_reading import Reader
 from attnopt.passes.analyze.padding import with_floor
+from attnopt.passes.analyze.placing import Place
 from attnopt.passes.analyze.provenance import Analysis, rows_kept
 from attnopt.passes.analyze.selections import block_map, is_block_table
 from attnopt.passes.analyze.structure import LOW
@@ -142,6 +144,9 @@ class _Inlining:
         """Compute `operand`, by the values that it has without any input if so asked. Raises
         LookupError where that is not possible or does not pay."""
         slot, tensor = operand.slot, self.canonical.operands[operand.slot]
+        place = Place.of(tensor)
+        if place is not None:
+            tensor = place.tensor
         named = grid_layout(self.canonical, tensor)
         if named is None:
             raise Unliftable("a dimension has no name")
@@ -154,10 +159,11 @@ class _Inlining:
                                 exact=False) is False:
             log.warning("the arithmetic of %s is not what it evaluates to", tensor.node.name)
             raise Unliftable("its lift does not equal its own values")
-        kept = relative_tables.kept(lifter.logic, self.spec, slot)
+        kept = E.TRUE if place is not None else relative_tables.kept(lifter.logic, self.spec, slot)
         lifted = relative_tables.seen(lifter.logic, lifted, kept)
         interior = self.region(slot, set(lifted.loads.values()))
-        found = self.split(slot, lifter, lifted.expr, lives)
+        found = Computed(lifted.expr) if place is not None else (
+            self.split(slot, lifter, lifted.expr, lives))
         if found.fill is not None:
             found = replace(found, keep=key_lifetimes.shortened(lifter, found.keep, lives))
         tables = BiasTables(lifter, self.analysis.values, self.operands.names,
@@ -167,6 +173,9 @@ class _Inlining:
         lifted = replace(lifted, expr=found.expr if found.fill is None else
                          E.where(found.keep, found.expr, found.fill))
         self.check(lifter, lifted, lives, tables.found)
+        if place is not None:
+            lifted = replace(lifted, expr=place.put(lifted.expr, lives, tables.found))
+            found = Computed(lifted.expr)
         operands = self.operands.copy()
         bias_tables.declare(operands, found.expr, tables.found)
         for life in lives:
@@ -176,7 +185,8 @@ class _Inlining:
         blind = key_lifetimes.blind(operands, lifter, lives[0]) if found.blind else E.FALSE
         inner = E.where(blind, found.fill, inner)
         dearest = DEAREST if not self.has_block_table(lifter, lifted) and not (
-            relative_tables.has_rows(tables.found)) else DEAREST_BLOCKS
+            relative_tables.has_rows(tables.found) or sampled_bias.has_samplings(tables.found)
+        ) else DEAREST_BLOCKS
         if instructions(low_rank.without(whole), Spec(operands=operands.described)) > dearest:
             raise Unliftable("more arithmetic than a load costs")
         changes = self.put(slot, inner)
@@ -230,9 +240,10 @@ class _Inlining:
         if decides(lifted.expr):
             raise Unliftable("a choice by what is rounded")
 
-    def has_block_table(self, lifter: FloatLifter, lifted: Lifted) -> bool:
+    def has_block_table(self, lifter: BiasLifter, lifted: Lifted) -> bool:
         return any(n.value in self.blocks or n.value in lifted.loads and is_block_table(
-            lifter, lifted.loads[n.value], n.args) for n in lifted.expr.leaves if n.args)
+            lifter, lifted.loads[n.value], n.args) for n in lifted.expr.leaves
+            if n.args and n.value not in lifter.samplings)
 
     def region(self, slot: str, loads: set[fx.Node]) -> set[fx.Node]:
         """The nodes between the loads and the operand, which the Spec computes in their place.
@@ -271,7 +282,8 @@ class _Inlining:
         own = end.meta.get("attnopt_region")
         if differentiable and any(
                 view.author[n].meta.get("attnopt_region") != own
-                for n in inside if n in view.author and is_tensor(n)):
+                for n in inside if n in view.author and is_tensor(n)
+                and self.program.depends[n] & {INPUT, PARAMETER}):
             raise Unliftable("made in a no_grad or autocast region")
         return inside - read
 
@@ -302,9 +314,9 @@ class _Inlining:
             blind = not kept and keep.slots & self.blocks.by_slot.keys()
             return found if kept or spec.empty_row == "nan" and not blind else Computed(e)
         # A finite fill: no row may lose all keys, and nothing else may hide keys on its own.
-        others = [self.analysis.provenance(t.node).parts
-                  for s, t in self.canonical.operands.items() if s != slot and s not in self.taken]
-        alone = all(parts <= {"parameter", "activation"} for parts in others) and not any(
+        others = [t.node for s, t in self.canonical.operands.items()
+                  if s != slot and s not in self.taken]
+        alone = not any(map(self.analysis.hides, others)) and not any(
             n.op == "const" and n.dtype == E.FLOAT and n.value <= LOW for n in spec.logits.walk())
         if kept and alone:
             return found
@@ -356,7 +368,12 @@ class _Inlining:
             return ()
         readers = max(len(self.program.users(self.canonical.operands[s].node)) for s in self.taken)
         sizes = [math.prod(map(hint, n.meta["val"].shape)) for n in self.interior
-                 if is_tensor(n) and not _is_view(n)]
+                 if is_tensor(n) and not _is_view(n) for _ in range(sampled_bias.passes(n))]
+        # What is of a part of the scores would be expanded, and put where it lies.
+        for at in filter(None, (Place.of(self.canonical.operands[s]) for s in self.taken)):
+            lengths = self.canonical.lengths(at.tensor.target, at.tensor.layout)
+            if all(isinstance(n, int) for n in lengths):
+                sizes += [math.prod(lengths) * readers] * 2  # type: ignore[arg-type]
         return tuple(size / max(readers, 1) for size in sizes if size > 1)
 
 

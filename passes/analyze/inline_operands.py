@@ -69,9 +69,14 @@ class Operands:
         if n.value in lifter.values.patterns.blocks:
             self.declare_blocks(n.value, lifter.values.patterns.blocks.by_slot[n.value])
             return n
-        slot = self.new_slot()
         node = lifter.nodes[n.value]
         axes = self._axes(lifter, node.meta["val"].shape, n.args)
+        if axes is None:
+            for slot, (operand, tensor) in self.declared.items():
+                if operand.axes is None and operand.dtype == n.dtype and tensor.node is node \
+                        and tensor.recipe is None and tensor.layout == tensor.target:
+                    return E.load(slot, *n.args, dtype=n.dtype)
+        slot = self.new_slot()
         if axes is None:
             own = tuple((Axis(size),) for size in node.meta["val"].shape)
             self.declared[slot] = Operand(slot, None, n.dtype, "table"), Tensor(node, own, own)

@@ -263,7 +263,7 @@ class _Attempt:
             return False
         nodes = [cells.leaves[s].node if s in cells.leaves else self.canonical.operands[s].node
                  for s in cells.logits.slots]
-        return all(self.analysis.provenance(n).parts <= {"parameter", "activation"} for n in nodes)
+        return not any(map(self.analysis.hides, nodes))
 
     def _over(self, x: Tensor) -> Tensor:
         """A tensor over the cells as (N, T), queries in the author's order."""

@@ -17,7 +17,9 @@ from attnopt.passes.recognize.axes import length, product, resolve, settle
 
 def named_layout(canonical: Canonical, tensor: Tensor) -> tuple[Layout, dict[str, Any]] | None:
     """The layout of an operand by names of score axes, and the lengths of all of them; None where
-    a dimension or a length has no name."""
+    a dimension or a length has no name, or the rewritten graph makes the operand."""
+    if tensor.recipe is not None:
+        return None
     names = (*leading_axes(len(canonical.result) - 2), "q", "k")
     target = [resolve(dim) for dim in tensor.target]
     known = _symbolic_lengths(canonical)

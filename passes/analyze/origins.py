@@ -53,7 +53,7 @@ class Origins:
     def of(self, node: fx.Node) -> Provenance:
         """The provenance of a tensor node."""
         parts = self.parts(node) or frozenset(("constant",))
-        terms = list(dict.fromkeys(_plain(self.parts(n)) for n in self._terms(node, 16)))
+        terms = list(dict.fromkeys(self._words(n) for n in self._terms(node, 16)))
         if len(terms) > 1:
             terms = [t for t in terms if t != "constant"] or terms
         return Provenance(parts, f" {_joint(node)} ".join(terms))
@@ -62,6 +62,18 @@ class Origins:
         for n in cone(node, self._parts):
             self._parts[n] = self._parts_of(n)
         return self._parts[node]
+
+    def _words(self, node: fx.Node) -> str:
+        """The parts of a term, or that a table of parameters is looked up by an input."""
+        at = node
+        while at.op == "call_function" and at.all_input_nodes and op_name(at) in RULES \
+                and op_name(at) not in _GATHERS and len(at.all_input_nodes) == 1:
+            at = at.all_input_nodes[0]
+        if at.op == "call_function" and op_name(at) in ("embedding", "index", "index_select"):
+            table, *places = at.all_input_nodes
+            if self.parts(table) == {"parameter"} and any("input" in self.parts(p) for p in places):
+                return "parameter by input"
+        return _plain(self.parts(node))
 
     def _parts_of(self, node: fx.Node) -> frozenset[str]:
         val = node.meta.get("val")

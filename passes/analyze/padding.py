@@ -59,8 +59,7 @@ def _padding(analysis: Analysis, canonical: Canonical) -> str | None:
     spec: Spec = canonical.spec
     found = []
     for slot, tensor in canonical.operands.items():
-        parts = analysis.provenance(tensor.node).parts
-        if parts <= {"parameter", "activation"}:
+        if not analysis.hides(tensor.node):
             continue
         if slot not in spec.logits.slots:
             return None

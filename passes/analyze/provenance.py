@@ -24,6 +24,7 @@ from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Mask
 from attnopt.passes.analyze.by_value import Values
 from attnopt.passes.analyze.grid_check import agrees, captured_sizes, number
+from attnopt.passes.analyze.hiding import may_hide
 from attnopt.passes.analyze.lift import Layout, Lifted, Lifter, Unliftable
 from attnopt.passes.analyze.lift_tables import Patterns
 from attnopt.passes.analyze.logic import Logic, leaves_of, literals
@@ -44,6 +45,7 @@ MASKING = -1e4
 #: … and at most this, its weights underflow to zero next to any finite score.
 UNDERFLOWS = -1e8
 Lengths = Mapping[str, int | torch.SymInt]
+ValueOf = Callable[[str], Tensor | None]
 AnyLifter = TypeVar("AnyLifter", bound=Lifter)
 
 
@@ -95,24 +97,31 @@ class Analysis:
     """Findings for the operands of all sites of one functional graph.
 
     kind_of:  placeholder name -> "input", "parameter", "buffer" or "constant"
-    value_of: placeholder name -> its tensor, or None; asked for buffers and constants only
+    value_of: placeholder name -> its tensor, or None; asked for buffers and constants only. `held`
+              knows parameters too, of which nothing but whether they may be masks is asked
     """
 
     def __init__(self, graph: fx.Graph, kind_of: Mapping[str, str],
-                 value_of: Callable[[str], Tensor | None]) -> None:
+                 value_of: ValueOf, held: ValueOf | None = None) -> None:
         self.graph, self.kind_of, self.value_of = graph, kind_of, value_of
+        self.held, self._hides = held or value_of, dict[fx.Node, bool]()
         self.values = Values(kind_of, value_of)
         self.origins = Origins(kind_of)
         self._lifters: dict[tuple[object, ...], Lifter] = {}
         self._found: dict[tuple[object, ...], Finding] = {}
-        #: values on the example inputs, for the cost model (`attnopt.passes.examples`)
+        #: values on the example inputs, for the cost model; names of predicates at known lengths
         self.examples: Values | None = None
-        #: names of predicates at known lengths
         self.names: dict[tuple[object, ...], GridMask | None] = {}
 
     def provenance(self, node: fx.Node) -> Provenance:
-        """The provenance of a tensor node."""
         return self.origins.of(node)
+
+    def hides(self, node: fx.Node) -> bool:
+        """Whether a tensor that is added to scores may hide keys, as far as the graph tells."""
+        if node not in self._hides:
+            model = self.provenance(node).parts <= {"parameter", "activation"}
+            self._hides[node] = not model or may_hide(node, self.kind_of, self.held)
+        return self._hides[node]
 
     def operand(self, node: fx.Node, layout: Layout, role: str, lengths: Lengths) -> Finding:
         """What is known of an operand of a site.

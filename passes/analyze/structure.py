@@ -160,9 +160,8 @@ def _infinite(e: Expr, facts: Facts) -> Expr:
 
 
 def _finite(analysis: Analysis, canonical: Canonical, e: Expr) -> bool:
-    """Do the operands of `e` hold no mask of their own, as far as provenance tells?"""
-    parts = [analysis.provenance(canonical.operands[s].node).parts for s in e.slots]
-    return all(p <= {"parameter", "activation"} for p in parts) and not any(
+    """Do the operands of `e` hold no mask of their own, as far as the graph tells?"""
+    return not any(analysis.hides(canonical.operands[s].node) for s in e.slots) and not any(
         leaf.op == "const" and leaf.value == -math.inf for leaf in e.leaves)
 
 
@@ -184,8 +183,7 @@ def _usable(analysis: Analysis, canonical: Canonical, facts: Facts, found: Findi
         return True
     if fill == -math.inf:
         return found.rows_kept or canonical.spec.empty_row == "nan"
-    others = [analysis.provenance(t.node).parts for s, t in canonical.operands.items() if s != slot]
-    alone = all(parts <= {"parameter", "activation"} for parts in others)
+    alone = not any(analysis.hides(t.node) for s, t in canonical.operands.items() if s != slot)
     low = sum(_selection(n) is not None for n in canonical.spec.logits.walk())
     return (found.rows_kept and (fill is None or fill <= LOW) and alone and low <= selections
             and (facts.mask is ALL or (facts.mask & found.mask).row_always_kept(

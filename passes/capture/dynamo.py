@@ -48,14 +48,10 @@ def compile_forward(forward: Callable[..., Any], rewriter: Rewriter, model_name:
         failed: told why a graph was left as Dynamo found it.
     """
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        with CAPTURE_LOCK:
-            try:
-                captured = capture_graph(module, inputs, _self_name(forward), model_name)
-                rewritten = rewriter(captured)
-            except Exception as error:
-                failed(str(error).split("\n")[0] or type(error).__name__)
-                rewritten = None
-        return module.forward if rewritten is None else _runner(module, captured, *rewritten)
+        return rewrite_graph(
+            module, inputs, rewriter, self_name=_self_name(forward), model_name=model_name,
+            failed=lambda error: failed(str(error).split("\n")[0] or type(error).__name__),
+            compiled=lambda graph: graph.forward, instead=lambda: module.forward) or module.forward
 
     # An error inside Dynamo runs the frame that it was compiling as plain Python.
     import torch._dynamo
@@ -67,6 +63,32 @@ def compile_forward(forward: Callable[..., Any], rewriter: Rewriter, model_name:
             return compiled(*args, **kwargs)
 
     return run
+
+
+def rewrite_graph(
+    module: fx.GraphModule, inputs: Sequence[Any], rewriter: Rewriter, *,
+    compiled: Callable[[fx.GraphModule], Callable[..., Any]],
+    instead: Callable[[], Callable[..., Any]], failed: Callable[[Exception], None],
+    self_name: str = "self", model_name: str = "",
+) -> Callable[..., Any] | None:
+    """What runs in place of one graph of Dynamo's; None where it is to stay as it is.
+
+    Args:
+        compiled: what runs a rewritten graph.
+        instead: makes what runs the original one, once a guarded value has changed.
+        failed: told why a graph could not be captured or rewritten.
+    """
+    with CAPTURE_LOCK:
+        try:
+            captured = capture_graph(module, inputs, self_name, model_name)
+            rewritten = rewriter(captured)
+        except Exception as error:
+            failed(error)
+            return None
+    if rewritten is None:
+        return None
+    graph, guards = rewritten
+    return _runner(captured, graph, guards, compiled(graph), instead)
 
 
 def capture_graph(module: fx.GraphModule, inputs: Sequence[Any], self_name: str = "self",
@@ -163,26 +185,28 @@ def _self_name(forward: Callable[..., Any]) -> str:
     return code.co_varnames[0] if code is not None and code.co_argcount else "self"
 
 
-def _runner(original: fx.GraphModule, captured: Captured, module: fx.GraphModule,
-            guards: Sequence[ValueGuard]) -> Callable[..., Any]:
+def _runner(captured: Captured, module: fx.GraphModule, guards: Sequence[ValueGuard],
+            compiled: Callable[..., Any], instead: Callable[[], Callable[..., Any]]
+            ) -> Callable[..., Any]:
     """The rewritten graph while the guarded values hold, then the original for good."""
     names = list(captured.origins)
     checks = [(names.index(g.placeholder), g) for g in guards]
     grad_regions = any(n.target is _SET_GRAD for n in module.graph.nodes)
     autocast = autocast_state()
-    broken = False
+    original: Callable[..., Any] | None = None
 
     def run(*inputs: Any) -> Any:
-        nonlocal broken
-        if broken or not all(g.holds(inputs[i]) for i, g in checks):
-            broken = True
-            return original.forward(*inputs)
+        nonlocal original
+        if original is None and not all(g.holds(inputs[i]) for i, g in checks):
+            original = instead()
+        if original is not None:
+            return original(*inputs)
         grad = torch.is_grad_enabled()
         try:
             if autocast:
                 with autocast_off(autocast):
-                    return module.forward(*inputs)
-            return module.forward(*inputs)
+                    return compiled(*inputs)
+            return compiled(*inputs)
         except BaseException:
             if grad_regions:
                 _SET_GRAD(grad)

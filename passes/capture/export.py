@@ -10,6 +10,7 @@ for the graph to be right.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import logging
 import re
@@ -27,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.errors import CaptureError
 from attnopt.ir.captured import Captured, Origin, OriginKind
-from attnopt.passes.capture import observe
+from attnopt.passes.capture import observe, opaque
 from attnopt.passes.capture.autocast import autocast_state, bake_autocast
 from attnopt.passes.capture.guards import ValueGuard, private_copy
 from attnopt.passes.capture.module_state import ModuleState
@@ -129,7 +130,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     found: list[CaptureError] = []
     observe_forward(view, watch, found)
     try:
-        with _surroundings(), watch.watching():
+        with _surroundings(), watch.watching(), opaque.taking():
             program = torch.export.export(view, args, kwargs, dynamic_shapes=dynamic_shapes,
                                           strict=False)
     except CaptureError:
@@ -202,7 +203,7 @@ def _traced(model: nn.Module, program: torch.export.ExportedProgram, leaves: lis
         out_spec=program.call_spec.out_spec, symbols=sizes.symbols, conditions=sizes.conditions,
         front_end="export", model_name=type(model).__name__,
         training=any(m.training for m in model.modules()))
-    guards = _read_constants(state) if watch.reads_values else ()
+    guards = opaque.settle(captured) + (_read_constants(state) if watch.reads_values else ())
     return Traced(captured, state, sizes, guards, watch.without_grad, watch.with_grad,
                   watch.reads_flags)
 
@@ -277,10 +278,13 @@ def _storage(tensor: torch.Tensor) -> Any:
 
 def _clean(module: fx.GraphModule) -> None:
     """Drop the asserts on dtype and device (they fail after `.to()`), inline the regions, and take
-    the observer's frame out of the stack traces."""
+    the observer's frame out of the stack traces. An argument called `input` gets a name that a copy
+    of the graph keeps."""
     for node in list(module.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
+        elif hasattr(builtins, node.name):
+            node.name = module.graph._graph_namespace.create_name(node.name, node)
     if not inline_regions(module):
         for node in module.graph.nodes:
             node.meta[REGION] = ()

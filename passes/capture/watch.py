@@ -10,6 +10,8 @@ Watch notes each, so that the graph is used only where it is right.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import random
 import sys
 import threading
@@ -20,6 +22,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+#: marks the forward that a Function has during a trace, if its result has the right gradient
+ANSWERS = "attnopt_answers"
 _TORCH = torch.__path__[0]
 _READS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__bool__,
           torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__}
@@ -78,6 +82,7 @@ class Watch(TorchFunctionMode):
                 (torch.enable_grad, "__enter__", self._enable_grad),
             ):
                 stack.enter_context(_observed(cls, name, note))
+            stack.enter_context(self._applied_by_reference())
             stack.enter_context(self._grad_mode_read())
             stack.enter_context(self._generators())
             stack.enter_context(self)
@@ -87,7 +92,10 @@ class Watch(TorchFunctionMode):
         return self.in_forward and threading.get_ident() == self._thread
 
     def _function(self, cls: Any) -> None:
-        if self._mine():
+        # An operation of torch.library keeps its gradient in the graph, and so does what stands
+        # for a compiled extension (passes.capture.opaque).
+        whole = cls.__module__ == "torch._library.autograd" or hasattr(cls.forward, ANSWERS)
+        if self._mine() and not whole:
             self.without_grad = self.without_grad or f"autograd.Function {cls.__name__}"
 
     def _saved_tensors(self, _: Any) -> None:
@@ -101,6 +109,25 @@ class Watch(TorchFunctionMode):
     def _enable_grad(self, _: Any) -> None:
         if self._mine():
             self.with_grad = self.with_grad or "an enable_grad region"
+
+    @contextlib.contextmanager
+    def _applied_by_reference(self) -> Iterator[None]:
+        """Note autograd.Functions whose `apply` was looked up before the trace. It asks torch for
+        functorch's transforms first."""
+        original = torch._C._are_functorch_transforms_active
+        apply = inspect.unwrap(torch.autograd.Function.__dict__["apply"].__func__).__code__
+
+        def transforms_active() -> bool:
+            caller = sys._getframe(1)
+            if caller.f_code is apply:
+                self._function(caller.f_locals["cls"])
+            return original()
+
+        torch._C._are_functorch_transforms_active = transforms_active
+        try:
+            yield
+        finally:
+            torch._C._are_functorch_transforms_active = original
 
     @contextlib.contextmanager
     def _grad_mode_read(self) -> Iterator[None]:
@@ -153,6 +180,7 @@ def _observed(cls: Any, name: str, note: Any) -> Iterator[None]:
     if isinstance(raw, classmethod):
         function = raw.__func__
 
+        @functools.wraps(function)
         def by_class(owner: Any, *args: Any, **kwargs: Any) -> Any:
             note(owner)
             return function(owner, *args, **kwargs)

@@ -66,6 +66,12 @@ class Attention:
     detached: bool = False
 
     @property
+    def starts(self) -> list[fx.Node]:
+        """The tensors that it was read from, before views of them were looked through."""
+        return [self.query[0], self.key[0], self.value[0],
+                *(o.node for o in self.operands.values())]
+
+    @property
     def softmax(self) -> bool:
         return self.normalizer.name == "softmax"
 

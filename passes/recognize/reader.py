@@ -19,6 +19,7 @@ from torch.utils._sympy.functions import FloatTrueDiv, IntTrueDiv, ToFloat
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.passes.normalize import is_tensor, op_name
+from attnopt.passes.recognize import assignments
 from attnopt.passes.recognize.axes import (
     Axis,
     Layout,
@@ -43,12 +44,18 @@ MAXIMA = ("amax", "max", "peak")
 
 @dataclass
 class Loaded:
-    """An operand of a site: the tensor, its layout, and what it is used for."""
+    """An operand of a site: the tensor, its layout, and what it is used for.
+
+    parts: it is 0 beside these parts of the scores, along which the tensor itself has the layout
+        `own`
+    """
 
     node: fx.Node
     layout: Layout
     role: str
     dtype: str
+    parts: tuple[assignments.Part, ...] = ()
+    own: Layout = ()
 
 
 @dataclass
@@ -83,8 +90,11 @@ class Reader:
     dropout: float = 0.0
     detached: bool = False
     fixed: dict[Axis, int] = field(default_factory=dict)
-    #: the rows over which triangles were taken; they must turn out to be the queries
+    #: the rows over which triangles were taken, or which were assigned in part; they must turn out
+    #: to be the queries
     triangles: list[tuple[tuple[Axis, ...], fx.Node]] = field(default_factory=list)
+    #: axes of blocks of the scores that were assigned
+    parts: list[assignments.Part] = field(default_factory=list)
     _memo: dict[tuple[fx.Node, Layout], Expr] = field(default_factory=dict)
 
     # -- reading ----------------------------------------------------------------------------
@@ -135,13 +145,17 @@ class Reader:
             return self.read(node.args[0], layout)
         if name in ("tril", "triu"):
             return self._triangle(node, layout)
+        part = assignments.behind_slice(self, node, layout) if name == "slice" else None
+        if part is not None:
+            return self.read(*part)
         if name == "index_put":
-            return self._masked_assignment(node, layout)
+            return assignments.masked(self, node, layout)
         if name in ("select", "slice"):
             return self._select(node, layout)
         if name in ("select_scatter", "slice_scatter"):
-            return self._scatter(node, layout)
+            return assignments.scatter(self, node, layout)
         if name in ("fill", "copy"):
+            self.interior += assignments.overwritten(node)
             return self.read(node.args[1], broadcast(layout, _shape(node.args[1])))
         if name in REDUCTIONS and not _is_binary(node):
             return self._reduction(node, layout)
@@ -209,10 +223,12 @@ class Reader:
             raise Decline("an operand is written in place through memory that may be shared", node)
         role = role or ("mask" if kind == E.BOOL else "bias")
         for slot, loaded in self.operands.items():
-            if loaded.node is node and settle(loaded.layout) == layout:
+            if loaded.node is node and settle(loaded.own or loaded.layout) == layout:
                 return E.load(slot, dtype=kind)
         slot = f"{role}{len(self.operands)}"
-        self.operands[slot] = Loaded(node, layout, role, kind)
+        parts = assignments.parts_in(layout, self.parts)
+        self.operands[slot] = Loaded(node, layout, role, kind) if not parts else Loaded(
+            node, assignments.whole(layout, parts), role, kind, parts, layout)
         return E.load(slot, dtype=kind)
 
     # -- operations that are not pointwise ---------------------------------------------------
@@ -239,46 +255,6 @@ class Reader:
         if frozenset(resolve(layout[-1])) != self.keys:
             raise Decline("a triangle over other axes than queries and keys", node)
         self.triangles.append((layout[-2], node))
-
-    def _scatter(self, node: fx.Node, layout: Layout) -> Expr:
-        """x[..., i] = value or x[..., a:b] = value along the keys, value the same for all."""
-        base, source, dim, *where = node.args
-        assert isinstance(source, fx.Node) and isinstance(dim, int)
-        if op_name(node) == "slice_scatter" and _same_along(base, source, dim):
-            return self.read(source, layout)
-        if frozenset(resolve(layout[dim])) != self.keys or len(self.keys) != 1:
-            raise Decline("an assignment along another axis than the keys", node)
-        size = layout[dim][0].size
-        fixed = isinstance(size, int) or all(isinstance(w, int) and w >= 0 for w in where)
-        number = self.program.constant(source)
-        if number is None and op_name(source) in ("fill", "copy"):
-            filler = source.args[1]
-            number = self.program.constant(filler) if isinstance(filler, fx.Node) else filler
-        if number is None or not fixed:
-            raise Decline("an assignment of a tensor into the scores", node)
-        if op_name(node) == "select_scatter":
-            start = where[0] if where[0] >= 0 else where[0] + size  # type: ignore[operator]
-            start, stop, step = start, start + 1, 1  # type: ignore[operator]
-        else:
-            bounds = slice(*(*where[:2], *(where[2:] or [1])))
-            start, stop, step = bounds.indices(size if isinstance(size, int) else 1 << 62)
-        if step != 1:
-            raise Decline("an assignment with a step into the scores", node)
-        k = E.index("k")
-        inside = (E.const(start) <= k) & (k < E.const(stop))
-        return E.where(inside, number, self.read(base, layout))
-
-    def _masked_assignment(self, node: fx.Node, layout: Layout) -> Expr:
-        """x[mask] = value, with a boolean mask over the leading dimensions of x."""
-        base, places, source, *accumulate = node.args
-        if len(places) != 1 or any(accumulate) or not is_tensor(places[0]):  # type: ignore
-            raise Decline("an indexed assignment into the scores", node)
-        mask: fx.Node = places[0]  # type: ignore[index,assignment]
-        number = self.program.constant(source)  # type: ignore[arg-type]
-        if mask.meta["val"].dtype != torch.bool or number is None:
-            raise Decline("an indexed assignment into the scores", node)
-        condition = self.read(mask, layout[: mask.meta["val"].dim()])
-        return E.where(condition, number, self.read(base, layout))
 
     def _select(self, node: fx.Node, layout: Layout) -> Expr:
         """x[..., i, ...] or x[..., i:i + 1, ...] along another axis than the keys: everything is
@@ -367,7 +343,7 @@ def _without_casts(e: sympy.Expr) -> sympy.Expr:
 
 
 def _same_along(a: Any, b: Any, dim: Any) -> bool:
-    """Is a slice along `dim` the whole of what it is cut from? x[:] and x[:] = value are."""
+    """Is a slice along `dim` the whole of what it is cut from?"""
     return same_length(_shape(a)[dim], _shape(b)[dim])
 
 

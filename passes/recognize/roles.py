@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from attnopt.passes.normalize import op_name
 from attnopt.passes.recognize.attention import Attention
 from attnopt.passes.recognize.axes import (
     Axis,
@@ -110,8 +111,10 @@ def _rows(raw: RawScore, p_axes: list[Axis], query: frozenset[Axis], fixed: froz
 
 
 def check_triangles(site: Attention, *readers: Reader) -> None:
-    """A tril or triu on the way must be over the query rows, whose index it reads as `q`."""
+    """A tril, a triu or an assignment on the way must be over the query rows, whose index it reads
+    as `q`."""
     for reader in readers:
         for rows, node in reader.triangles:
             if resolve(rows) != resolve(site.rows):
-                raise Decline("a triangle over other axes than queries and keys", node)
+                what = "an assignment" if "scatter" in op_name(node) else "a triangle"
+                raise Decline(f"{what} over other axes than queries and keys", node)

@@ -1,8 +1,9 @@
 """The rewrite rules that come with attnopt, in the order in which they are tried."""
 
 from attnopt.passes.rules.blocks import RowBlocks
+from attnopt.passes.rules.deformable import Deformable
 from attnopt.passes.rules.generated import Generated
 from attnopt.passes.rules.sdpa import FusedSoftmax
 from attnopt.rules import Registry
 
-REGISTRY = Registry([Generated(), FusedSoftmax(), RowBlocks()])
+REGISTRY = Registry([Generated(), FusedSoftmax(), RowBlocks(), Deformable()])

@@ -1,4 +1,9 @@
-"""Any other pointwise attention at inference: row blocks, in place, nothing N x N held."""
+"""Any other pointwise attention: row blocks, in place, nothing N x N held.
+
+In training every block is composed once more for its gradient, which is slower than the author's
+composition where no keys are skipped (0.8 of its speed, with a tenth of its memory at 1024 keys):
+only `prefer="memory"` asks for that.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +26,9 @@ class RowBlocks(Rule):
         smaller = memory.saves(region, spec, "aten:blocks")
         if region.authored == "sdpa" and not region.approximate and not smaller:
             raise Decline("the author's own fused call, nothing to add")
-        if region.training:
-            raise Decline("in training the composition is what its gradient needs")
+        if region.training and not smaller:
+            raise Decline("in training the composition is what its gradient needs, unless memory "
+                          "is preferred")
         reasons = kernels.reasons(spec, "aten:blocks", dtypes=region.dtypes)
         if reasons:
             raise Decline(reasons[0])

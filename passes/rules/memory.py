@@ -39,6 +39,8 @@ def held(region: Region, spec: Spec, lowering: str) -> int:
     """Elements of queries x keys tensors that `lowering` ("cpp", "aten:sdpa" …, or the author's:
     "sdpa", "composition") needs for `spec`."""
     lengths = _lengths(region)
+    made = kernels.low_rank.widening(spec) if lowering == "aten:sdpa" else None
+    spec = spec if made is None else made.spec
     exprs = [e for e in (spec.logits, spec.weights, spec.output, spec.sinks,
                          spec.mask.predicate()) if e is not None]
     whole = {n.value for e in exprs for n in e.walk() if n.op == "load" and not n.args}
@@ -87,10 +89,11 @@ def saves(region: Region, spec: Spec, lowering: str) -> bool:
 
 def in_blocks(region: Region) -> Spec | None:
     """The form of the Spec that row blocks compute and that holds least, None where they cannot."""
-    if region.training or region.copies is not None or "aten" not in region.lowerings:
+    if region.copies is not None or "aten" not in region.lowerings:
         return None
     forms = [spec for spec in (region.inlined, region.spec) if spec is not None
-             and not kernels.reasons(spec, "aten:blocks", dtypes=region.dtypes)]
+             and not kernels.reasons(spec, "aten:blocks", dtypes=region.dtypes,
+                                     requires_grad=region.training)]
     return min(forms, key=lambda spec: held(region, spec, "aten:blocks"), default=None)
 
 

@@ -270,3 +270,23 @@ def test_inference_tensors():
     opt = attnopt.optimize(model, (x,))
     with torch.inference_mode():
         same(opt(x), original(x), 0.0)
+
+
+def test_a_result_may_be_written_in_place_before_its_gradient(monkeypatch):
+    """A product of matrices does not save its result for the backward pass, fused attention does.
+    """
+    monkeypatch.setattr("attnopt.passes.rules.cost.TAKE_ALL", True)
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return (self.query(x) @ x.mT).softmax(-1) @ x
+
+    original = Bare().eval()
+    opt = attnopt.optimize(copy.deepcopy(original), (X,), backend="aten", verify=False)
+    assert [s.lowering for s in opt.report.sites] == ["aten:sdpa"]
+    found = [gradients(module, module(X).add_(X).square().sum()) for module in (opt, original)]
+    same(*found, 1e-4)

@@ -85,10 +85,20 @@ def test_text_says_what_happened() -> None:
     assert "head.attn at user.py:7" in text
     assert "head_mixing" in text and "the mixing matrix depends on the query" in text
     assert "1.2e-06" in text, "a row of layers shows the largest error"
+    assert "author's" not in text
     assert "capture 1.25 s, verify 500 ms; 1.75 s in all" in text
     assert "4 by a variant, 2 by the module's own forward" in text
     assert "2 x input 0 must be float32" in text
     assert "a note" in text
+
+
+def test_the_authors_own_error_is_beside_ours() -> None:
+    sites = [dataclasses.replace(s, error_original=2 * (s.error or 0.0)) for s in bert()]
+    text, page = str(report(sites)), report(sites)._repr_html_()
+    assert "1.2e-06" in text and "(2.4e-06)" in text and "(author's)" in text
+    assert "1.2e-06 (2.4e-06)" in page and "2.40e-06" in page
+    odd = [*sites[:2], dataclasses.replace(sites[2], error_original=math.nan)]
+    assert "(nan)" in str(report(odd))
 
 
 def test_no_sites_is_said() -> None:

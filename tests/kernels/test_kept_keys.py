@@ -106,6 +106,16 @@ def test_keys_in_a_row_are_left_to_the_tiles() -> None:
     assert not seen
 
 
+@pytest.mark.parametrize("low", [-math.inf, LOW, -2e9])
+def test_kept_keys_that_a_bias_hides_beside_a_finite_fill(low: float) -> None:
+    """The keys that are not kept have the larger logits then."""
+    spec = Spec(logits=E.where(SEEN, E.score + ADDED, -1e9), operands=(KEEP, BIAS))
+    q, k, v, keep = inputs("few")
+    for bias in (torch.zeros(keep.shape), torch.zeros(keep.shape).masked_fill(keep, low)):
+        found = keeping(spec)(q, k, v, keep, bias)
+        torch.testing.assert_close(found, aten.bind(str(spec))(q, k, v, keep, bias))
+
+
 def test_gradients() -> None:
     q, k, v, keep = inputs("few", (1, 1), 1, 33, 34)
     run = keeping(SPECS["low"])

@@ -214,7 +214,7 @@ def test_a_generated_kernel(name: str) -> None:
         optimized = attnopt.optimize(Model(is_causal).eval(), tuple(given), rules=[rule],
                                      backend="cpp")
         found = optimized(*given)
-    assert optimized.report.sites[0].lowering == "cpp"
+    assert optimized.report.sites[0].lowering.startswith("cpp")
     assert (found - dense(*given, keep(given[0], given[1], 70))).abs().max() < 2e-6
 
 

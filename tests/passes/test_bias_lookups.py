@@ -161,13 +161,13 @@ def test_other_types(dtype: torch.dtype) -> None:
     spell.skewed, spell.deberta_v2], ids=named)
 def test_the_kernel_reads_it(compiled: None, function: spell.Spelling) -> None:
     spec, opt = check(function, drawn(61, batch=1))
-    assert not dense(spec) and opt.report.sites[0].lowering == "cpp"
+    assert not dense(spec) and opt.report.sites[0].lowering.startswith("cpp")
 
 
 @pytest.mark.slow
 def test_the_kernel_reads_a_shift(compiled: None) -> None:
     spec, opt = check(spell.padded_shift, drawn(37, batch=1))
-    assert not dense(spec) and opt.report.sites[0].lowering == "cpp"
+    assert not dense(spec) and opt.report.sites[0].lowering.startswith("cpp")
 
 
 @pytest.mark.parametrize("function", some(spell.relative_key_query, spell.padded_shift,
@@ -354,7 +354,4 @@ def test_pooled_keys_have_terms_per_axis(way: str, extra: int) -> None:
     with torch.no_grad():
         torch.testing.assert_close(opt(*inputs), module(*inputs), atol=2e-5, rtol=1e-4)
     (site,) = opt.report.sites
-    if (way, extra) == ("assign", 1):
-        assert site.status == "kept" and site.reason
-    else:
-        assert "separable per axis" in site.bias
+    assert "separable per axis" in site.bias

@@ -62,6 +62,7 @@ class Row:
 
 
 _T5 = ("table by distance, 1-D",)
+_QUERY, _KEY = (f"{name} table by relative position" for name in ("query", "key"))
 _SWIN = {f"layers.{stage}.blocks.{block}": (
     "table by distance, 2-D", *("regions",) * block) for stage in (0, 1) for block in (0, 1)}
 ROWS = [
@@ -69,7 +70,7 @@ ROWS = [
     Row("t5", {"SelfAttention": _T5}),
     Row("mpnet", _T5, length=24, quick=True),
     Row("wavlm", _T5),
-    Row("layoutlmv3", ("parameter",)),
+    Row("layoutlmv3", ("index+parameter + parameter by input, dense",)),
     Row("bloom", ("key vector",), quick=True),
     Row("mpt", ("key vector",)),
     Row("falcon_alibi", ("key vector",)),
@@ -82,18 +83,19 @@ ROWS = [
         changes={"image_size": 64, "pretrain_image_size": 64, "window_size": 8}),
     Row("levit", {"stages.0": ("table by distance, 2-D",)}, pixels=128,
         changes={"image_size": 128}, train=True),
-    Row("deberta", ("parameter+activation",)),
-    Row("deberta_v2", ("parameter+activation",)),
-    Row("wav2vec2_conformer", ("parameter+activation",)),
-    Row("wav2vec2_bert", ("parameter+activation",)),
-    Row("xlnet", ("parameter+activation",)),
+    Row("deberta", (f"{_QUERY}, shift & {_KEY}, shift",)),
+    Row("deberta_v2", (f"{_QUERY}, buckets & {_KEY}, buckets",)),
+    Row("wav2vec2_conformer", (f"{_QUERY}, shift",)),
+    Row("wav2vec2_bert", (f"{_QUERY}, buckets",)),
+    Row("xlnet", (f"{_QUERY}, shift",)),
     Row("swin by timm", ("table by distance, 2-D", "regions"), made.swin, quick=True),
     Row("beit by timm", ("table by distance, 2-D with 1 extra token",), made.beit),
     Row("levit by timm", ("table by distance, 2-D",), made.levit, train=True,
         quick=True),
     Row("levit with fewer queries", ("table by distance, 2-D",), made.levit_downsample,
         train=True),
-    Row("mvit", ("separable",), made.mvit),
+    Row("mvit", ("separable per axis",), made.mvit),
+    Row("mvit with a class token", ("separable per axis",), made.mvit_class_token),
     Row("ESMFold, from a row", ("key vector", "dense"), made.triangle_rows, quick=True),
     Row("ESMFold, to a row", ("key vector", "dense"), made.triangle_columns),
     Row("ALiBi in the graph", ("closed form",), made.alibi, quick=True),
@@ -146,16 +148,6 @@ def check(row: Row, trained: bool) -> attnopt.Report:
     return optimized.report
 
 
-@pytest.mark.slow
-def test_an_assignment_to_a_part_of_the_scores_is_left_alone() -> None:
-    model, kwargs = made.mvit_class_token()
-    with torch.no_grad():
-        optimized = attnopt.optimize(model, (), kwargs, verify=False)
-        torch.testing.assert_close(optimized(**kwargs), model(**kwargs))
-    (site,) = optimized.report.sites
-    assert site.status == "kept" and "an assignment along another axis" in site.reason
-
-
 def sites(report: attnopt.Report) -> list[Any]:
     found = [s for s in report.sites if s.kind == "attention" and "single key" not in s.reason]
     assert found and all(s.status == "rewritten" for s in found), [
@@ -192,3 +184,17 @@ def test_a_kept_bias_that_is_edited_is_noticed() -> None:
         for bias in model.kept.values():
             bias.copy_(bias.flip(-1))
         torch.testing.assert_close(optimized(**kwargs), model(**kwargs), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tables"), [("t5_encoder", 1), ("swinv2", 4)])
+def test_a_table_is_made_once_for_all_that_share_it(name: str, tables: int) -> None:
+    """T5's layers share one table; of SwinV2's blocks each has a network of its own."""
+    model, kwargs = next(row for row in ROWS if row.name == name).build()
+    with torch.no_grad():
+        optimized = attnopt.optimize(model, (), kwargs, verify=False)
+    sites(optimized.report)
+    calls = [str(n.target) for n in optimized.graph_modules[0].graph.nodes]
+    assert sum("tabulate" in call for call in calls) == tables
+    networks = sum(isinstance(m, nn.Linear) for m in model.modules())
+    assert sum("linear" in call for call in calls) <= networks

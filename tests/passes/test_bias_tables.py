@@ -85,7 +85,7 @@ def test_a_table_of_distances_of_fixed_lengths() -> None:
 
 def test_the_kernel_reads_it(compiled: None) -> None:
     spec, opt = check(spell.t5, drawn(33, 1, 51))
-    assert not dense(spec) and opt.report.sites[0].lowering == "cpp"
+    assert not dense(spec) and opt.report.sites[0].lowering.startswith("cpp")
 
 
 def test_a_causal_mask_beside_it_stays_a_mask() -> None:

@@ -154,6 +154,31 @@ def test_what_is_written_returned_or_drawn_is_not_shared(change: str) -> None:
                     found[1].zero_()
 
 
+@pytest.mark.parametrize("same_memory", [
+    lambda b: torch.einsum("hij->hij", b), torch.atleast_3d,
+    lambda b: torch.broadcast_tensors(b, b)[1],
+    lambda b: torch.meshgrid(b.flatten(), b[0, 0, :1], indexing="ij")[0]],
+    ids=("einsum", "atleast_3d", "broadcast_tensors", "meshgrid"))
+def test_what_is_returned_by_an_operation_that_does_not_say_so(
+        same_memory: Callable[[Tensor], Tensor]) -> None:
+    class Odd(Model):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            first, second = self.bias(), self.bias()
+            out = attend(attend(x, first), second)
+            return out, same_memory(first), same_memory(second)
+
+    model, x = Odd().eval(), drawn()
+    for freeze in (False, True):
+        opt = optimized(model, x, freeze=freeze)
+        with torch.no_grad():
+            wanted = model(x)
+            for _ in range(2):
+                found = opt(x)
+                torch.testing.assert_close(found, wanted, atol=3e-6, rtol=1e-5)
+                found[1].untyped_storage().fill_(0)
+                torch.testing.assert_close(found[2], wanted[2], atol=3e-6, rtol=1e-5)
+
+
 def test_lengths_of_the_input_are_one_expression() -> None:
     class Buckets(nn.Module):
         def __init__(self) -> None:

@@ -88,7 +88,7 @@ def test_every_mask_of_the_user(function: Callable[..., Tensor]) -> None:
 @pytest.mark.slow
 def test_compiled(compiled: None) -> None:
     spec, module, opt = optimized(bert, *drawn(), present())
-    assert spec.mask is not ALL and opt.report.sites[0].lowering == "cpp"
+    assert spec.mask is not ALL and opt.report.sites[0].lowering.startswith("cpp")
     for mask in masks():
         same(module, opt, *drawn(), mask)
 

@@ -118,7 +118,7 @@ def test_generated_kernels_hold_nothing() -> None:
     (site,) = opt.report.sites
     if site.status != "rewritten":
         pytest.skip(site.reason)
-    assert site.lowering == "cpp" and "holds nothing" in site.memory
+    assert site.lowering.startswith("cpp") and "holds nothing" in site.memory
     with torch.no_grad():
         torch.testing.assert_close(opt(*example), model(*example), atol=3e-6, rtol=1e-5)
 

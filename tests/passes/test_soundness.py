@@ -22,6 +22,7 @@ class Program(nn.Module):
         super().__init__()
         self.function = function
         self.linear = nn.Linear(D, D)
+        self.last = nn.Parameter(torch.full((N, N), -2e9).index_fill(1, torch.tensor([N - 1]), 0))
         self.register_buffer("causal", torch.ones(N, N, dtype=torch.bool).tril())
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -111,11 +112,70 @@ def complex_view_behind(s, q, k, v):
     return torch.view_as_complex(out.view(B, H, D, N // 2, 2)).abs()
 
 
+def other_axes_written(s, q, k, v):
+    scores = q @ k.mT
+    torch.einsum("bhqk->bhkq", scores).mT.masked_fill_(~s.causal, LEAST)
+    return soft(scores) @ v
+
+
+def a_chunk_written(s, q, k, v):
+    scores = q @ k.mT
+    torch.unsafe_chunk(scores, 2)[1].mul_(3)
+    return soft(scores) @ v
+
+
+def broadcast_with_another_and_written(s, q, k, v):
+    scores, bias = q @ k.mT, q @ q.mT
+    both = torch.broadcast_tensors(scores, bias)
+    bias.masked_fill_(~s.causal, -3.0)
+    return soft(scores + both[1]) @ v
+
+
+# What a model computes may hide keys as well.
+def chosen(s, k, low=-float("inf")):
+    """0 at the keys that the model chooses, low at the others."""
+    sums = s.linear(k).sum(-1)
+    return torch.zeros_like(sums).masked_fill(sums < sums.topk(2, -1).values[..., -1:],
+                                              low)[:, :, None]
+
+
+def chosen_and_causal(s, q, k, v):
+    return soft((q @ k.mT + chosen(s, k)).masked_fill(~s.causal, -1e9)) @ v
+
+
+def causal_and_chosen(s, q, k, v):
+    return soft(torch.where(s.causal, q @ k.mT, -1e9) + chosen(s, k)) @ v
+
+
+def chosen_and_added(s, q, k, v):
+    return soft(q @ k.mT + (~s.causal).float() * -1e9 + chosen(s, k)) @ v
+
+
+def chosen_by_logarithm(s, q, k, v):
+    return soft(q @ k.mT + (~s.causal).float() * -1e9 + (chosen(s, k) + 1).relu().log()) @ v
+
+
+def a_mask_that_is_a_parameter(s, q, k, v):
+    return soft(q @ k.mT + (~s.causal).float() * -1e9 + s.last) @ v
+
+
+def padded_and_chosen(s, q, k, v, mask):
+    return soft(q @ k.mT + (1 - mask[:, None, None]) * -1e9 + chosen(s, k, -2e9)) @ v
+
+
+def padded_beside_a_parameter(s, q, k, v, mask):
+    return soft(q @ k.mT + (1 - mask[:, None, None]) * -1e9 + s.last) @ v
+
+
 MASKED = (two_finite_masks, finite_then_infinite, filled_rows, filled_rows_log_sum_exp,
           filled_rows_additive_scores)
 PLAIN = (one_key_repeated, one_query_repeated, one_channel_repeated, added_to, scaled_product,
          copied_without_gradient, base_written_later, logarithm_used, triangle_of_a_selected_row,
-         triangle_of_merged_rows, detached_sum, complex_view_behind)
+         triangle_of_merged_rows, detached_sum, complex_view_behind, other_axes_written,
+         a_chunk_written, broadcast_with_another_and_written)
+CHOSEN = (chosen_and_causal, causal_and_chosen, chosen_and_added, chosen_by_logarithm,
+          a_mask_that_is_a_parameter)
+CHOSEN_PADDED = (padded_and_chosen, padded_beside_a_parameter)
 
 
 def outcome(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -152,3 +212,33 @@ def test_program(function: Callable[..., Tensor]) -> None:
     program = Program(function)
     qkv = tuple(torch.randn(B, H, N, D) for _ in range(3))
     compare(program, attnopt.optimize(program, qkv, verify=False), qkv)
+
+
+def keys_chosen(at: int) -> Tensor:
+    """Keys of which the model chooses two from here on."""
+    return torch.zeros(B, H, N, D).index_add(2, torch.tensor([at, at + 1]), torch.ones(B, H, 2, D))
+
+
+@pytest.mark.usefixtures("by_aten")
+@pytest.mark.parametrize("function", CHOSEN, ids=lambda f: f.__name__)
+def test_keys_that_the_model_hides(function: Callable[..., Tensor]) -> None:
+    """Captured where every row sees a chosen key, called where most see none."""
+    program = Program(function)
+    program.linear.weight.data.copy_(torch.eye(D))
+    q, v = torch.zeros(B, H, N, D), torch.randn(B, H, N, D)
+    optimized = attnopt.optimize(program, (q, keys_chosen(0), v), verify=False)
+    for at in (0, 5):
+        compare(program, optimized, (q, keys_chosen(at), v))
+
+
+@pytest.mark.usefixtures("by_aten")
+@pytest.mark.parametrize("function", CHOSEN_PADDED, ids=lambda f: f.__name__)
+def test_padding_beside_keys_that_the_model_hides(function: Callable[..., Tensor]) -> None:
+    program = Program(function)
+    program.linear.weight.data.copy_(torch.eye(D))
+    q, k, v = torch.zeros(B, H, N, D), keys_chosen(0), torch.randn(B, H, N, D)
+    optimized = attnopt.optimize(program, (q, k, v, torch.ones(B, N)), verify=False)
+    for seen in (N, 4, 0):
+        mask = (torch.arange(N) < seen).float().expand(B, N)
+        for at in (0, 5):
+            compare(program, optimized, (q, keys_chosen(at), v, mask))

@@ -416,6 +416,23 @@ def test_inputs_that_were_overwritten_are_noticed() -> None:
         out.sum().backward()
 
 
+@pytest.mark.parametrize("write", [
+    lambda out: out.add_(1), lambda out: (out[..., :3].mul_(2), out)[1],
+    lambda out: out.transpose(1, 2).flatten(2).mul_(3)], ids=("whole", "part", "heads beside"))
+def test_the_output_may_be_written_in_place(write) -> None:
+    """As a product of matrices may: the residual of a block is often added so."""
+    own = [t.requires_grad_() for t in moderate()]
+    composed = [t.detach().clone().requires_grad_() for t in own]
+    found, wanted = bind(str(Spec()), CPP)(*own), reference(Spec())(*composed).float()
+    assert "Attend" in str(found.grad_fn)
+    found, wanted = write(found), write(wanted)
+    for _ in range(2):
+        for x, y in zip(torch.autograd.grad(found.square().sum(), own, retain_graph=True),
+                        torch.autograd.grad(wanted.square().sum(), composed, retain_graph=True),
+                        strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
 def test_gradients_in_batches() -> None:
     given = [t.requires_grad_() for t in inputs()]
     out = bind(str(CASES["causal"]), CPP)(*given)

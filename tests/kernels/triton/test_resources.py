@@ -5,7 +5,7 @@ import pytest
 
 from attnopt.ir import expr as E
 from attnopt.ir.mask import Causal
-from attnopt.ir.spec import Spec
+from attnopt.ir.spec import Operand, Spec
 
 triton = pytest.importorskip("triton")
 
@@ -108,6 +108,19 @@ def test_backward_with_a_bias(target: str, head_dim: int, kernel: str) -> None:
         gradient_tile(target, head_dim, head_dim, 2, which))
     found = backward_resources(SPECS["bias"], kernel, tile, target, head_dim, wanted=("bias",))
     fits(found, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("target", TARGETS)
+def test_backward_with_a_table(target: str, head_dim: int) -> None:
+    spec = Spec(logits=E.score * 0.125 + E.load(
+        "table", E.index("h"), E.index("q") - E.index("k") + 2047),
+        operands=(Operand("table", None, role="table"),))
+    tile = gradient_tile(target, head_dim, head_dim, 2, "operand")
+    found = backward_resources(spec, "grad_table", tile, target, head_dim, wanted=("table",))
+    fits(found, target)
+    assert found.matrix + found.older > 0
 
 
 @pytest.mark.slow

@@ -74,7 +74,10 @@ def test_what_is_declined_and_why() -> None:
     table = Spec(logits=s + E.load("table", E.index("q") - E.index("k")),
                  operands=(Operand("table", None, role="table"),))
     assert why(table, requires_grad=True) == why(Spec())
-    assert "the gradient is not made for table" in why(table, grads_of=("table",))
+    assert why(table, grads_of=("table",)) == why(Spec())
+    factors = Spec(logits=s + E.inner("left", "right"), operands=tuple(
+        Operand(name, (axis,), role="factor") for name, axis in (("left", "q"), ("right", "k"))))
+    assert "the gradient is not made for left" in why(factors, grads_of=("left",))
 
 
 def test_integers_are_wide_only_where_they_must_be() -> None:

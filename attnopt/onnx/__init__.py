@@ -1,0 +1,9 @@
+"""ONNX: export of optimised models, and the same recognition on ONNX files.
+
+    attnopt.export_onnx(model, args, "model.onnx")      # opset 23: Attention, or tiles, or gathers
+"""
+
+from attnopt.onnx.export import LOWERINGS, OPSETS, export_onnx
+from attnopt.onnx.report import OnnxReport
+
+__all__ = ["LOWERINGS", "OPSETS", "OnnxReport", "export_onnx"]

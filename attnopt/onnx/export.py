@@ -1,0 +1,145 @@
+"""export_onnx: an optimised model as an ONNX file that any runtime takes.
+
+Structured masks are exported as tiles or as index arithmetic, never as a dense tensor; biases as
+tables or factors; deformable sampling as gathers. Each attention is a function of the domain
+`attnopt` with a body of standard operators (`attnopt.onnx.forms`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnopt import __version__
+from attnopt.errors import AttnOptError, OptionError
+from attnopt.onnx.bodies import Bodies
+from attnopt.onnx.forms import DOMAIN, Form
+from attnopt.onnx.report import OnnxReport
+
+#: opset versions that torch writes and runtimes of today take
+OPSETS = tuple(range(18, 26))
+LOWERINGS = ("auto", "attention", "tiled", "dense")
+_NEEDED = ("onnx", "onnxscript")
+
+
+def export_onnx(
+    model: nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    opset: int = 23,
+    lowering: str = "auto",
+    dynamic_shapes: Any = None,
+    keep_functions: bool = True,
+    verify: bool = True,
+    **options: Any,
+) -> OnnxReport:
+    """Write an optimised model as ONNX, and compare it with the model in onnxruntime.
+
+    Args:
+        model: a module, one that is optimised already, or an ExportedProgram.
+        args, kwargs, dynamic_shapes: as for `torch.export.export`.
+        path: of the file; it appears whole or not at all.
+        opset: version of the standard operators, 18 to 25. From 23 on there is an `Attention`.
+        lowering: "auto", the form that costs least; "attention", one fused attention wherever it
+            can say the same; "tiled", tiles wherever the mask allows; "dense", matrix products.
+        keep_functions: keep each attention as a function of the domain `attnopt`.
+        verify: check the file, and run it in onnxruntime on the example arguments and, where sizes
+            are dynamic, on others.
+        options: those of `attnopt.optimize`.
+
+    Raises:
+        OptionError: an argument is of a wrong type or value, or a package is missing.
+        CaptureError: the model cannot be captured as one graph.
+        AttnOptError: the file does not compute what the model computes; nothing is written.
+    """
+    _check(opset, lowering, keep_functions, verify)
+    from attnopt.onnx.check import compare
+    from attnopt.program import exported, whole_file
+
+    target = Path(path)
+    with whole_file(target) as part:
+        bodies = Bodies(lowering, keep_functions)
+        with _quiet():
+            program, report = exported(model, args, kwargs, dynamic_shapes,
+                                       {**options, "backend": "aten"}, bodies.table())
+            made, forms = _translate(program, args, dict(kwargs or {}), opset, bodies)
+        made.save(str(part))
+        found = OnnxReport.of(part, forms, report, opset)
+        if verify:
+            found = compare(found, part, _model(model), program, args, dict(kwargs or {}))
+    return found.at(target)
+
+
+def _check(opset: Any, lowering: Any, keep_functions: Any, verify: Any) -> None:
+    if opset not in OPSETS or isinstance(opset, bool):
+        raise OptionError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset!r}")
+    if lowering not in LOWERINGS:
+        raise OptionError(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering!r}")
+    for name, value in (("keep_functions", keep_functions), ("verify", verify)):
+        if not isinstance(value, bool):
+            raise OptionError(f"{name} must be True or False, got {value!r}")
+    for package in (*_NEEDED, *(("onnxruntime",) if verify else ())):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise OptionError(f"export_onnx needs {package}: install attnopt[onnx]") from error
+
+
+def _model(model: Any) -> Any:
+    """What the file is compared with: the author's own model."""
+    from attnopt.module import OptimizedModule, users_module
+
+    if isinstance(model, OptimizedModule):
+        return users_module(model)
+    return model.module() if isinstance(model, torch.export.ExportedProgram) else model
+
+
+def _translate(program: torch.export.ExportedProgram, args: tuple[Any, ...],
+               kwargs: dict[str, Any], opset: int, bodies: Bodies) -> tuple[Any, list[Form]]:
+    """The torch.onnx program, and the forms of its attentions."""
+    with torch.no_grad():
+        made = torch.onnx.export(program, args, kwargs=kwargs, dynamo=True, verbose=False,
+                                 opset_version=opset)
+    if made is None:
+        raise AttnOptError("torch.onnx.export gave nothing")
+    for function in bodies.functions(made.model.opset_imports.get("", opset)):
+        made.model.functions[function.identifier()] = function
+    calls = [node for node in made.model.graph if node.domain == DOMAIN]
+    forms = []
+    for form in bodies.forms:
+        own = [node for node in calls if node.op_type == form.name]
+        for node in own:
+            node.metadata_props["attnopt.version"] = __version__
+            node.metadata_props["attnopt.form"] = form.form
+            node.metadata_props["attnopt.spec"] = form.spec
+        forms.append(dataclasses.replace(form, calls=len(own)))
+    if forms:
+        made.model.opset_imports[DOMAIN] = 1
+    return made, forms
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx and onnxscript tell more than a user wants to know."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
