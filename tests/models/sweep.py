@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import attnopt
+from attnopt.ir.site import SiteRecord
 from tests.models import counter, zoo
 
 #: of max|out|, where there is no float64 model to tell what rounding costs
@@ -36,7 +37,7 @@ class Row:
     nodes: int = 0
     dead: int = 0
     exported: bool = True
-    #: sites of the report that are not of kind "sampling", and how many of them are what
+    #: sites of the report that are not samplings left alone, and how many of them are what
     found: int = 0
     rewritten: int = 0
     canonical: int = 0
@@ -142,12 +143,25 @@ def compare(draws: list[tuple[list[Any], list[Any], list[Any] | None]]) -> tuple
     return max((off for _, off in places), default=0.0), max(shares, default=0.0)
 
 
+def _counts(site: SiteRecord) -> bool:
+    """A sampling that was rewritten took the softmax of its weights with it."""
+    return site.kind != "sampling" or site.status != "kept"
+
+
 def account(count: counter.Count, report: attnopt.Report) -> dict[str, int]:
-    """Module paths with fewer sites in the report than live nodes in the graph."""
-    sites = Counter(site.path for site in report.sites if site.kind != "sampling")
+    """Module paths with fewer sites in the report than live nodes in the graph. The softmax of a
+    sampling's weights may be that of a module around the one that samples."""
     if not count.exported:
         return {}
-    return {path: n - sites[path] for path, n in count.live.items() if n > sites[path]}
+    sites = Counter(site.path for site in report.sites if site.kind != "sampling")
+    sampled = [f"{site.path}." for site in report.sites
+               if site.kind == "sampling" and _counts(site)]
+    missing = {}
+    for path, n in count.live.items():
+        n -= sites[path] + sum(inner.startswith(f"{path}.") for inner in sampled)
+        if n > 0:
+            missing[path] = n
+    return missing
 
 
 def examine(entry: zoo.Entry, verify: bool = False) -> Row:
@@ -173,8 +187,8 @@ def examine(entry: zoo.Entry, verify: bool = False) -> Row:
     row.notes = list(report.notes)
     row.missing = account(count, report)
     for site in report.sites:
-        if site.kind == "sampling":
-            row.sampling += 1
+        row.sampling += site.kind == "sampling"
+        if not _counts(site):
             continue
         row.found += 1
         setattr(row, site.status, getattr(row, site.status) + 1)
