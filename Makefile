@@ -20,13 +20,15 @@ READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test test-all lint bench gpu clean
+.PHONY: help demo test test-all test-browser lint docs bench gpu clean
 
 help:
 	@echo "make demo      the two examples on real input: sentences and a photograph"
 	@echo "make test      the tests that are not slow"
 	@echo "make test-all  every test, in $(SHARDS) shards; SHARD=i/n runs one of them"
+	@echo "make test-browser  the HTML report in a headless Chromium"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      docs/api.md and docs/limits.md, from docstrings and measurements"
 	@echo "make bench     the benchmark suites on this machine's CPU"
 	@echo "make gpu       tests, calibration and suite for a GPU in 9 minutes, $(PYTHON) as it is"
 
@@ -55,7 +57,7 @@ demo: $(BASE)
 	$(PY) examples/denoise_photo.py
 
 test: $(READY)
-	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not browser' $(PYTEST_ARGS)
 
 test-all: $(READY)
 ifdef SHARD
@@ -66,6 +68,15 @@ else
 	done; exit $$failed
 endif
 
+# Root can install Debian's Chromium; anybody else is told what is missing, and the tests skip.
+test-browser: $(READY)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { timeout 50 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 100 \
+	    apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1; \
+	} || echo "no browser: install the packages chromium and chromium-driver; its tests are skipped"
+	$(PY) -m pytest tests/browser -m browser -p no:xdist $(PYTEST_ARGS)
+
 # mypy cannot follow attnopt.passes to passes/ in a checkout, so it reads an installed copy.
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -73,6 +84,9 @@ lint: $(READY)
 	$(PIP) --no-deps --no-build-isolation --target $(VENV)/installed .
 	@rm -rf build
 	cd $(VENV)/installed && $(PY) -m mypy --config-file $(CURDIR)/pyproject.toml -p attnopt
+
+docs: $(READY)
+	$(PY) -m docs.generate
 
 bench: $(READY)
 	$(PY) -m attnopt bench

@@ -13,6 +13,7 @@ from attnopt import logs
 from attnopt.errors import OptionError, StrictError
 from attnopt.module import OptimizedModule, make_report, shell_of, wrap
 from attnopt.passes.options import Options
+from attnopt.program import raise_if_kept
 from attnopt.report import Report
 from attnopt.runtime import Runtime
 
@@ -153,8 +154,4 @@ def _arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 def _raise_if_kept(optimized: OptimizedModule, reason: str | None) -> None:
     if reason is not None:
         raise StrictError(f"the model must be captured whole, got: {reason}")
-    kept = [s for s in optimized.report.sites if s.status == "kept"]
-    if kept:
-        first = kept[0]
-        raise StrictError(f"every site must be rewritten, got {len(kept)} kept; the first is "
-                          f"{first.path or 'in the model'} ({first.source}): {first.reason}")
+    raise_if_kept(optimized.report.sites)

@@ -23,6 +23,7 @@ from torch import fx
 from attnopt import logs
 from attnopt.errors import OptionError, StrictError
 from attnopt.ir.captured import Captured
+from attnopt.opaque_calls import with_opaque_calls
 from attnopt.passes import pipeline
 from attnopt.passes.capture.autocast import autocast_off, autocast_state
 from attnopt.passes.capture.dynamo import rewrite_graph
@@ -58,7 +59,8 @@ def attnopt_backend(module: fx.GraphModule, inputs: Sequence[Any], *, mode: str 
         captured.values = {}
         report = Report(sites=list(rewritten.sites), model_name=captured.model_name,
                         timings=rewritten.timings, before=rewritten.text_before,
-                        after=rewritten.text_after, notes=list(captured.notes))
+                        after=rewritten.text_after, graphs=[rewritten.record],
+                        kernels=rewritten.kernels, notes=list(captured.notes))
         _log.info("%s", report)
         if tell is not None:
             tell(report)
@@ -76,6 +78,7 @@ def attnopt_backend(module: fx.GraphModule, inputs: Sequence[Any], *, mode: str 
 
     def compiled(graph: fx.GraphModule) -> Callable[..., Any]:
         # Casts are nodes of a rewritten graph: the ambient autocast must not add its own.
+        with_opaque_calls(graph)
         state = autocast_state()
         with autocast_off(state) if state else contextlib.nullcontext():
             return finish(graph, list(inputs))

@@ -38,6 +38,14 @@ class StrictError(AttnOptError):
     """`strict=True` was given and something was left as it was."""
 
 
+class RuleError(AttnOptError):
+    """A user's rule raised, or cannot be loaded; the message names it and the line."""
+
+
+class VerificationError(AttnOptError):
+    """What was made, as a whole, does not compute what the model computes; nothing was written."""
+
+
 class CacheError(AttnOptError):
     """A place for generated files is unsafe or cannot be written to."""
 

@@ -162,8 +162,11 @@ def make_report(runtime: Runtime, module: nn.Module | None = None) -> Report:
     """The report of all graphs captured so far."""
     sites: list[Any] = []
     timings: dict[str, float] = {}
-    before, after = [], []
+    before, after, graphs = [], [], []
+    texts: dict[str, str] = {}
     for _, rewritten in runtime.reported:
+        texts |= rewritten.kernels
+        graphs.append(rewritten.record.moved(len(sites)))
         sites += [getattr(site, "record", site) for site in rewritten.sites]
         before.append(rewritten.text_before)
         after.append(rewritten.text_after)
@@ -174,7 +177,7 @@ def make_report(runtime: Runtime, module: nn.Module | None = None) -> Report:
         notes += [note for note in captured.notes if note not in notes]
     report = Report(sites=sites, model_name=type(runtime.model).__name__, timings=timings,
                     before="\n".join(before), after="\n".join(after), notes=notes,
-                    calls=runtime.calls)
+                    calls=runtime.calls, graphs=graphs, kernels=texts)
     if module is not None:
         report.bind(runtime.own_forward, module.forward, lambda: runtime.example)
     return report

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from attnopt.errors import CaptureError, OptionError
+from attnopt.errors import CaptureError, OptionError, StrictError
+from attnopt.ir.site import SiteRecord
 from attnopt.kernels.portable import table as portable_table
 from attnopt.module import OptimizedModule, users_module
 from attnopt.passes import pipeline
@@ -56,6 +57,7 @@ def export(
     Raises:
         OptionError: an argument is of a wrong type or value.
         CaptureError: the model cannot be captured as one graph.
+        StrictError: `strict` was given and something was left as it was.
     """
     if not isinstance(portable, bool):
         raise OptionError(f"portable must be True or False, got {portable!r}")
@@ -99,10 +101,22 @@ def exported(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
         else:
             _lower(rewritten.graph_module, lowered)
             program = again()
+    if options.strict:
+        raise_if_kept(rewritten.sites)
     report = Report(sites=list(rewritten.sites), model_name=traced.captured.model_name,
                     timings=rewritten.timings, before=rewritten.text_before,
-                    after=rewritten.text_after, notes=list(traced.captured.notes))
+                    after=rewritten.text_after, graphs=[rewritten.record],
+                    kernels=rewritten.kernels, notes=list(traced.captured.notes))
     return program, report
+
+
+def raise_if_kept(sites: Iterable[SiteRecord]) -> None:
+    """Raise StrictError if any site was left as it was."""
+    kept = [s for s in sites if s.status == "kept"]
+    if kept:
+        first = kept[0]
+        raise StrictError(f"every site must be rewritten, got {len(kept)} kept; the first is "
+                          f"{first.path or 'in the model'} ({first.source}): {first.reason}")
 
 
 def _options_of(model: Any) -> dict[str, Any]:
@@ -144,6 +158,10 @@ def whole_file(target: Path) -> Any:
     """A name beside `target` to write to; it becomes the target when all went well."""
     if not target.parent.is_dir():
         raise OptionError(f"path must lie in a folder that exists, got {target}")
+    if target.is_dir():
+        raise OptionError(f"path must be that of a file, got the folder {target}")
+    if not os.access(target.parent, os.W_OK):
+        raise OptionError(f"path must be writable, got {target}: Permission denied")
     part = target.with_name(f".{target.name}.{os.getpid()}.part{target.suffix}")
     try:
         yield part

@@ -8,11 +8,13 @@ the pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
-from attnopt.errors import OptionError
+from attnopt.errors import OptionError, RuleError
 from attnopt.ir.mask_base import Mask
 from attnopt.ir.spec import Schedule, Spec
 
@@ -85,25 +87,41 @@ class Match:
     """A rule says yes: compute `spec` by `schedule`.
 
     memory: with `prefer="memory"`, what is held of queries x keys and what that costs
+    compute: a function (query, key, value, and the operands by slot) -> result, all as the Spec
+        has them, that is traced into the graph in place of `schedule`
     """
 
     spec: Spec
-    schedule: Schedule
+    schedule: Schedule = field(default_factory=Schedule)
     predicted_speedup: float | None = None
     memory: str = ""
+    compute: Callable[..., Any] | None = field(default=None, compare=False)
 
 
 class Rule:
-    """One rewrite rule. Subclasses set `name`, say in `recognizes` what they take, and match."""
+    """One rewrite rule. Subclasses set `name`, say in `recognizes` what they take, and match.
+
+    A rule may also define `rewrite(match)`, which is asked next and answers with a Spec (computed
+    as the other rules choose), a Rewrite or a function (traced into the graph), or a Decline.
+    Rules of higher priority are tried first, those of the same in the order of registration.
+    An answer that no longer reads an operand of the region (a mask that is an input, say) is taken
+    only from a rule that says in `assumes` what it knows of it; the report repeats that.
+    """
 
     name: str = ""
     recognizes: str = ""
+    assumes: str = ""
+    priority: int = 0
     #: of the sites that it is for: "attention" or "sampling"
     kind: str = "attention"
 
     def match(self, region: Region) -> Match:
         """Answer with a Match, or raise Decline(reason, node)."""
         raise Decline(f"{self.name} does not match anything")
+
+    def rewrite(self, match: Match) -> Any:
+        """What to put in for a match: the match itself, unless a rule says more."""
+        return match
 
 
 @dataclass(frozen=True)
@@ -158,12 +176,12 @@ class Approximation(Rule):
 
 @dataclass
 class Registry:
-    """Rules in the order in which they are tried."""
+    """Rules in the order in which they are tried: by priority, then by registration."""
 
     rules: list[Rule] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Rule]:
-        return iter(self.rules)
+        return iter(sorted(self.rules, key=lambda rule: -getattr(rule, "priority", 0)))
 
     def add(self, rule: Rule) -> Rule:
         if any(known.name == rule.name for known in self.rules):
@@ -171,14 +189,101 @@ class Registry:
         self.rules.append(rule)
         return rule
 
+    def remove(self, name: str) -> Rule:
+        """Take a rule out again, by its name."""
+        for i, rule in enumerate(self.rules):
+            if rule.name == name:
+                return self.rules.pop(i)
+        known = ", ".join(rule.name for rule in self)
+        raise OptionError(f"a rule must be one of {known}, got {name!r}")
+
     def pick(self, wanted: Sequence[Any] | None) -> list[Rule]:
-        """The rules to use: all, or those named or given."""
+        """The rules to use: all that are exact, or those named or given. A name that is not
+        registered is looked for among the entry points of the group "attnopt.rules"."""
         if wanted is None:
-            return list(self.rules)
-        names = {rule.name: rule for rule in self.rules}
-        picked = []
-        for item in wanted:
-            if isinstance(item, str) and item not in names:
-                raise OptionError(f"a rule must be one of {', '.join(names)}, got {item!r}")
-            picked.append(names[item] if isinstance(item, str) else item)
-        return picked
+            return [rule for rule in self if not isinstance(rule, Approximation)]
+        names = {rule.name: rule for rule in self}
+        return [item if not isinstance(item, str) else names[item] if item in names
+                else installed(item, names) for item in wanted]
+
+
+GROUP = "attnopt.rules"
+
+
+def installed(name: str, known: Iterable[str] = ()) -> Rule:
+    """The rule that an installed package offers by this name. Nothing is loaded but by name."""
+    for entry in entry_points(group=GROUP, name=name):
+        try:
+            found = entry.load()
+            return checked(found() if isinstance(found, type) else found)
+        except Exception as error:
+            raise RuleError(f"the rule {name!r} of {entry.value} cannot be loaded: "
+                            f"{type(error).__name__}: {error}") from error
+    raise OptionError(f"a rule must be one of {', '.join(known)}, or an entry point of the group "
+                      f"{GROUP!r}, got {name!r}")
+
+
+def checked(rule: Any) -> Rule:
+    """The rule itself, if it is one."""
+    name = getattr(rule, "name", "")
+    if not callable(getattr(rule, "match", None)):
+        raise OptionError(f"a rule must have a method match(region), got {rule!r}")
+    if not isinstance(name, str) or not name:
+        raise OptionError(f"the name of a rule must be a text, got {name!r} of {rule!r}")
+    if isinstance(priority := getattr(rule, "priority", 0), bool) or not isinstance(priority, int):
+        raise OptionError(f"the priority of {name} must be an int, got {priority!r}")
+    found: Rule = rule
+    return found
+
+
+# -- what a user calls -----------------------------------------------------------------------------
+#: every rule that is used without being named; the rules of attnopt are in it like anybody's
+REGISTRY = Registry()
+
+
+def register_rule(rule: Any = None, *, priority: int | None = None, replace: bool = False
+                  ) -> Any:
+    """Register a rule: a decorator of a class with `match`, or a call with a class or object.
+
+    Args:
+        rule: a class that can be made without arguments, or a rule object. It needs no base
+            class; `name` is the class's own name where it sets none.
+        priority: where it is tried; rules of attnopt have 0, this is 10 where nothing is said.
+        replace: take the place of a rule of the same name, for notebooks.
+
+    Raises:
+        OptionError: it is no rule, or its name is taken.
+    """
+    if rule is None:
+        return lambda given: register_rule(given, priority=priority, replace=replace)
+    made = rule() if isinstance(rule, type) else rule
+    if not getattr(made, "name", "") and hasattr(made, "match"):
+        made.name = type(made).__name__
+    checked(made)
+    if priority is not None:
+        made.priority = priority
+    elif "priority" not in {**vars(type(made)), **vars(made)}:
+        made.priority = 10
+    checked(made)
+    _complete()
+    if replace and any(known.name == made.name for known in REGISTRY):
+        REGISTRY.remove(made.name)
+    REGISTRY.add(made)
+    return rule
+
+
+def unregister(name: str) -> None:
+    """Take a registered rule out, by its name; models that are optimised already keep it."""
+    _complete()
+    REGISTRY.remove(name)
+
+
+def registered() -> list[Rule]:
+    """All registered rules, in the order in which they are tried."""
+    _complete()
+    return list(REGISTRY)
+
+
+def _complete() -> None:
+    """The rules of attnopt are registered when they are imported."""
+    import_module("attnopt.passes.rules")

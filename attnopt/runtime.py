@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from attnopt import logs
 from attnopt.calls import Call, CallReader
 from attnopt.direct_calls import with_direct_calls
-from attnopt.errors import CaptureError
+from attnopt.errors import CaptureError, RuleError
 from attnopt.ir.captured import Captured
 from attnopt.kernels import missing
 from attnopt.passes import pipeline
@@ -261,6 +261,8 @@ class Runtime:
             self._refused[key] = error.reason
             if error.front_end and not global_hooks():
                 self._graph_by_graph.setdefault(kind, True)
+        except RuleError:  # only with strict=True
+            raise
         except Exception as error:  # a fault of ours must not stop the user's call
             self._refused[key] = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
             self.note(f"not optimised: {self._refused[key]}")

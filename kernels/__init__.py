@@ -15,6 +15,7 @@
     key_floor                   how low a bias must be to hide a key
     padded_tables               tables with a rim, for look-ups that may lie outside of them
     placed                      what belongs to a part of the scores, with zeros beside it
+    opaque.generated            a generated kernel as one operator, for compilers
     window_maps                 attention within windows, in the map that they are cut from
     tabulate                    a bias as a table of the places that rows and keys look up
 """
@@ -36,6 +37,7 @@ from attnopt.kernels import (
     key_floor,
     lifetimes,
     low_rank,
+    opaque,
     ops,
     padded_tables,
     placed,
@@ -63,8 +65,8 @@ from attnopt.kernels.reference import reference
 from attnopt.kernels.row_lists import attend_rows
 
 __all__ = ["Problem", "Tables", "aten_lowering", "attend_rows", "block_maps", "device", "estimates",
-           "factors", "fused_mask", "key_floor", "lifetimes", "low_rank", "merge",
-           "missing", "ops", "original", "padded_tables", "placed", "prepare", "reasons",
+           "factors", "fused_mask", "key_floor", "lifetimes", "low_rank", "merge", "missing",
+           "opaque", "ops", "original", "padded_tables", "placed", "prepare", "reasons",
            "reference", "relative_tables", "tabulate", "window_maps", "worth"]
 
 

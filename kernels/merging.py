@@ -18,6 +18,7 @@ from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels import cpp
 from attnopt.kernels.aten.state import call_state
 from attnopt.kernels.bind import bind
+from attnopt.kernels.cpp.template import WINDOW
 
 
 @functools.lru_cache(maxsize=1024)
@@ -34,7 +35,8 @@ def bind_with_lse(spec: str, schedule: str = "") -> Callable[..., tuple[Tensor, 
     slots = [o.slot for o in plain.operands]
     kept = [slots.index(o.slot) for o in lse_of.operands]
     asked = Schedule.parse(schedule) if schedule else Schedule("")
-    kernel = cpp.Attention(plain, asked.tile) if asked.lowering == "cpp" else None
+    kernel = cpp.Attention(plain, asked.tile, lowering=asked.lowering) \
+        if asked.lowering in ("cpp", WINDOW) else None
 
     def run(query: Tensor, key: Tensor, value: Tensor, *operands: Tensor
             ) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ def _numbers(text: str) -> Tensor:
     numbers = array("i", zlib.decompress(base64.b64decode(packed)))
     if sys.byteorder == "big":
         numbers.byteswap()
-    with torch.inference_mode(False):
+    with _disable_current_modes(), torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.int32, device="cpu").view(shape)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnopt.ir.spec import Schedule, Spec
 from attnopt.kernels.aten.state import call_state
@@ -25,7 +26,7 @@ from attnopt.kernels.bind import bind
 from attnopt.kernels.cpp.attention import Attention
 from attnopt.kernels.cpp.call import Places
 from attnopt.kernels.cpp.template import WINDOW
-from attnopt.kernels.tabulate import numbers_of
+from attnopt.kernels.tabulate import literal_text, numbers_of
 
 _library = torch.library.Library("attnopt", "FRAGMENT")
 _library.define(
@@ -45,6 +46,7 @@ class Windowed:
             raise ValueError("places must hold each token once, got "
                              f"{len(self.flat.unique())} of {windows * rows}")
         self.back = torch.argsort(self.flat)
+        self.texts = literal_text(self.flat), literal_text(self.back)
         self.places_of_kernel = Places(self.places, windows * rows, 0)
         asked = Schedule.parse(schedule)
         self.kernel: Attention | None = None
@@ -52,12 +54,15 @@ class Windowed:
             self.kernel = Attention(Spec.parse(spec), asked.tile, lowering=WINDOW)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Tensor:
-        if self.kernel is not None and not torch.is_autocast_enabled("cpu") \
-                and call_state((query, key, value, *operands)) == "all":
+        state = call_state((query, key, value, *operands))
+        if self.kernel is not None and not torch.is_autocast_enabled("cpu") and state == "all":
             found = self.kernel.in_maps(query, key, value, operands, self.places_of_kernel)
             if found is not None:
                 return found
-        flat, back = self.flat.to(query.device), self.back.to(query.device)
+        if state == "traced":  # no tensor of ours may be in another one's program
+            flat, back = (torch.ops.attnopt.literal.default([query], [], t) for t in self.texts)
+        else:
+            flat, back = self.flat.to(query.device), self.back.to(query.device)
         windows, rows = self.places.shape
         inside = [t.index_select(-2, flat).unflatten(-2, (windows, rows)).movedim(-3, 1)
                   .flatten(0, 1) for t in (query, key, value)]
@@ -68,7 +73,7 @@ class Windowed:
 @functools.lru_cache(maxsize=1024)
 def bind_windows(spec: str, schedule: str, places: str) -> Callable[..., Tensor]:
     """The function (query, key, value, *operands) -> out of the texts."""
-    with torch.inference_mode(False):
+    with _disable_current_modes(), torch.inference_mode(False):  # no fake tensor is kept
         return Windowed(spec, schedule, places)
 
 

@@ -28,6 +28,8 @@ def at_kinks(c: Candidate, view: View, known: Mapping[fx.Node, Any],
              env: Mapping[fx.Node, Any]) -> dict[fx.Node, Tensor]:
     """By input of the region, which of its elements are locations on a texel; empty where the
     region samples nothing."""
+    from attnopt.passes.verify import given
+
     calls = [n for n in c.done.emitted
              if n.target is torch.ops.attnopt.deformable_attention.default]
     found: dict[fx.Node, Tensor] = {}
@@ -38,11 +40,12 @@ def at_kinks(c: Candidate, view: View, known: Mapping[fx.Node, Any],
         with torch.enable_grad():
             leaves = {n: v.detach().clone().requires_grad_() for n, v in known.items()
                       if isinstance(v, Tensor) and v.is_floating_point()}
-            at = _value(call.args[1], c, {view.author[n]: v for n, v in {
-                **known, **leaves}.items()}, env)
+            values = given(c, view, {**known, **leaves}, env)
+            at = _value(call.args[1], c, values, env)
+            shapes = fx.node.map_arg(call.args[4], lambda n, v=values: _value(n, c, v, env))
             if not at.requires_grad:
                 continue
-            near = _near(at.detach(), sampling, call.args[4])
+            near = _near(at.detach(), sampling, shapes)
             grads = torch.autograd.grad(at, list(leaves.values()), near.to(at.dtype),
                                         allow_unused=True)
         for node, grad in zip(leaves, grads, strict=True):

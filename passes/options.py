@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from attnopt.errors import OptionError
-from attnopt.rules import Approximation
+from attnopt.rules import REGISTRY, Approximation, registered
 
 PREFERENCES = ("speed", "memory")
 LOWERINGS = ("aten", "cpp", "triton")
@@ -87,7 +87,11 @@ def _rules(given: Any) -> tuple[Any, ...] | None:
     for rule in given:
         if not isinstance(rule, str) and not hasattr(rule, "match"):
             raise OptionError(f"a rule must be a name or have a match method, got {rule!r}")
-    return tuple(given)
+    known = {rule.name: rule for rule in registered()}
+    picked = REGISTRY.pick(given)
+    return tuple(item if isinstance(item, str) and item in known
+                 and not isinstance(rule, Approximation) else rule
+                 for item, rule in zip(given, picked, strict=True))
 
 
 def _tolerances(given: Any) -> dict[str, float] | None:

@@ -9,18 +9,20 @@ import torch
 from torch import fx
 
 from attnopt.ir.captured import Captured
-from attnopt.ir.site import SiteRecord, module_path, source_line
+from attnopt.ir.graph_record import GraphRecord, compared, nodes_of
+from attnopt.ir.site import SiteRecord, module_path, source_code, source_line
 from attnopt.ir.spec import Schedule
 from attnopt.passes.analyze.provenance import Analysis
 from attnopt.passes.analyze.regather import regathered
 from attnopt.passes.analyze.regather_tokens import NotLocal
 from attnopt.passes.capture.guards import ValueGuard
 from attnopt.passes.clock import Clock
-from attnopt.passes.compiling import attention_calls, compile_kernels
+from attnopt.passes.compiling import attention_calls, compile_kernels, kernel_texts
 from attnopt.passes.depict import depict
 from attnopt.passes.fold_windows import fold_windows
 from attnopt.passes.freeze import asks_for_gradients, freeze
-from attnopt.passes.normalize import View, functional_view
+from attnopt.passes.locations import run_together
+from attnopt.passes.normalize import View, functional_view, op_name
 from attnopt.passes.options import Options
 from attnopt.passes.parameters import share
 from attnopt.passes.planning import Planned, in_training, plan_attention
@@ -53,6 +55,8 @@ class Rewritten:
     text_before: str = ""
     text_after: str = ""
     timings: dict[str, float] = field(default_factory=dict)
+    record: GraphRecord = field(default_factory=GraphRecord)
+    kernels: dict[str, str] = field(default_factory=dict)
     #: what `freeze` computed values from, and whether any of it wanted a gradient then
     frozen: tuple[str, ...] = ()
     frozen_grad: bool = False
@@ -62,15 +66,16 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
     """Find, prove, rewrite and verify. `captured.graph_module` is rewritten in place."""
     clock = Clock()
     module, graph = captured.graph_module, captured.graph
-    before = readable(graph)
+    before, nodes_before = readable(graph), nodes_of(graph, op_name)
     view, program, analysis, plans, sampled, misses = _read(captured, options, clock)
     with clock("substitute"):
         candidates = emit(graph, view, plans, trials=options.verify)
         samplings = emit_samplings(graph, view, sampled)
     with clock("compile"):
-        compile_kernels([(p.match, node) for c, members in candidates for p, node in zip(
-            members, attention_calls(c.done.emitted), strict=False) if p.match],
-            in_training(captured))
+        calls = [(p.record, p.match, node) for c, members in candidates for p, node in zip(
+            [p for p in members if p.match is None or p.match.compute is None],
+            attention_calls(c.done.emitted), strict=False) if p.match]
+        compile_kernels([(match, node) for _, match, node in calls], in_training(captured))
     if options.verify and (candidates or samplings):
         with clock("verify"):
             verify(captured, view, [c for c, _ in (*candidates, *samplings)],
@@ -81,6 +86,7 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
         settle(graph, view, candidate, members, guards, touched)
     for candidate, sampling in samplings:
         settle_sampling(graph, view, candidate, sampling, touched)
+    texts = kernel_texts(calls)
     for plan in plans:
         if plan.canonical is not None:
             chosen = plan.match or Match(plan.canonical.spec, Schedule())
@@ -88,16 +94,21 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
     sweep(graph, touched)
     if touched:
         fold_windows(captured)
+        run_together(graph)
         share(captured, options.prefer)
     frozen = freeze(captured, options)
     graph.lint()
     module.recompile()
-    records = [p.record for p in plans] + [p.record for p in sampled]
-    records += [_missed(m, view) for m in misses]
-    order = {n.name: i for i, n in enumerate(program.nodes)}
-    records.sort(key=lambda r: order.get(r.node, 0))
+    records = _records(graph, view, program, plans, sampled, misses)
+    site = {id(record): i for i, record in enumerate(records)}
+    author = {n.name: view.author.get(n, n).name for n in program.nodes}
+    taken = {author.get(r.node, r.node): i for i, r in enumerate(records)}
+    emitted = {n.name: site[id(p.record)]
+               for c, members in candidates for p in members for n in c.done.emitted}
+    emitted |= {n.name: site[id(p.record)] for c, p in samplings for n in c.done.emitted}
     held = tuple(ValueGuard.of(captured, name) for name in sorted(guards)) + frozen
     return Rewritten(module, records, held, before, readable(graph), clock.seconds,
+                     compared(nodes_before, nodes_of(graph, op_name), taken, emitted), texts,
                      tuple(g.path for g in frozen), asks_for_gradients(captured, frozen))
 
 
@@ -116,9 +127,9 @@ def _read(captured: Captured, options: Options, clock: Clock, *, put_back: bool 
             return captured.values.get(name) if held else None
 
         program = Program(view, kinds, value_of)
-        program = regathered(program) if put_back else program
         sampled, unsampled = plan_samplings(captured, program, options)
         owned = softmaxes(sampled)
+        program = regathered(program, owned) if put_back else program
         found, misses = recognize(program)
         found = [site for site in found if site.anchor not in owned]
         misses = [m for m in misses if m.anchor not in owned] + unsampled
@@ -130,6 +141,22 @@ def _read(captured: Captured, options: Options, clock: Clock, *, put_back: bool 
             log.info("%s: read as it is written", no.reason)
             return _read(captured, options, clock, put_back=False)
     return view, program, analysis, plans, sampled, misses
+
+
+def _records(graph: fx.Graph, view: View, program: Program, plans: list[Planned],
+             sampled: list[SamplingPlan], misses: list[Miss]) -> list[SiteRecord]:
+    """Of all sites in the order of the program, with the text of their source lines."""
+    records = [p.record for p in plans] + [p.record for p in sampled]
+    present = set(graph.nodes)  # a sampling that an attention took in is told by that attention
+    records += [_missed(m, view) for m in misses
+                if m.kind != "sampling" or view.author.get(m.anchor, m.anchor) in present]
+    order = {n.name: i for i, n in enumerate(program.nodes)}
+    records.sort(key=lambda r: order.get(r.node, 0))
+    authors = {n.name: view.author.get(n, n) for n in program.nodes}
+    for record in records:
+        if record.node in authors:
+            record.code = source_code(authors[record.node])
+    return records
 
 
 def _missed(miss: Miss, view: View) -> SiteRecord:

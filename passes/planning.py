@@ -17,6 +17,7 @@ from attnopt.passes.analyze.provenance import Analysis
 from attnopt.passes.analyze.regather_tokens import NotLocal
 from attnopt.passes.analyze.structure import Facts, words
 from attnopt.passes.canonical import Canonical, canonicalize
+from attnopt.passes.custom import ask, restated
 from attnopt.passes.examples import mask_examples
 from attnopt.passes.freeze import frozen_operands
 from attnopt.passes.lengths import example_shapes
@@ -25,7 +26,7 @@ from attnopt.passes.options import Options
 from attnopt.passes.recognize.attention import Attention
 from attnopt.passes.recognize.axes import product, resolve
 from attnopt.passes.recognize.program import PARAMETER, Program, carries
-from attnopt.passes.rules import REGISTRY
+from attnopt.passes.rules import BUILT_IN, REGISTRY
 from attnopt.passes.substitute import written_later
 from attnopt.rules import Decline, Match, Region, Rule
 
@@ -83,7 +84,8 @@ def _plan_form(captured: Captured, program: Program, analysis: Analysis, site: A
             canonical, inlined, region = approximate.reduce_forms(
                 reduction, canonical, inlined, region)
         region = replace(region, tables=mask_examples(captured, analysis, canonical, inlined))
-        plan.match = _first_match(REGISTRY.pick(options.exact_rules), region, record)
+        plan.match = _first_match(
+            REGISTRY.pick(options.exact_rules), region, record, options.strict)
         if inlined is not None and plan.match is not None \
                 and plan.match.spec == inlined.canonical.spec:
             plan.canonical = inlined.canonical
@@ -176,18 +178,33 @@ def in_training(captured: Captured) -> bool:
         if n.op == "call_function" and op_name(n) in flags)
 
 
-def _first_match(rules: Sequence[Rule], region: Region, record: SiteRecord) -> Match | None:
+def _first_match(rules: Sequence[Rule], region: Region, record: SiteRecord,
+                 strict: bool) -> Match | None:
+    """The answer of the first rule that takes the region."""
     for rule in rules:
         if getattr(rule, "kind", "attention") != "attention":
             continue
         try:
-            match = rule.match(region)
+            answer = ask(rule, region, strict)
         except Decline as no:
             record.tried.append(f"{rule.name}: {no.reason}")
             continue
-        record.rule = rule.name
-        return match
-    record.reason = record.tried[-1].partition(": ")[2] if record.tried else "no rule is active"
+        assumes = getattr(rule, "assumes", "")
+        name = f"{rule.name} (assumes {assumes})" if assumes else rule.name
+        if isinstance(answer, Match):
+            record.rule = name
+            return answer
+        said = restated(region, answer, rule.name)
+        match = _first_match(BUILT_IN, said, record, strict)
+        if match is not None:
+            record.rule = f"{name}, {record.rule}"
+            if answer.mask != region.spec.mask:
+                record.mask = answer.mask.describe()
+            return match
+        record.tried[-1] = f"{rule.name}: its Spec: {record.tried[-1]}"
+    name, _, reason = record.tried[-1].partition(": ") if record.tried else (
+        "", "", "no rule is active")
+    record.reason = f"the rule {name} {reason}" if reason.startswith("raised ") else reason
     return None
 
 

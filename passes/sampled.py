@@ -19,17 +19,19 @@ import attnopt.kernels.deformable  # noqa: F401 - registers the op
 from attnopt.kernels.deformable import Sampling
 from attnopt.passes.analyze.outer_volume import lifted
 from attnopt.passes.canonical import Target, Tensor, may_read
-from attnopt.passes.normalize import View, op_name
+from attnopt.passes.normalize import View, is_tensor, op_name
 from attnopt.passes.recognize.axes import (
     Axis,
+    Layout,
     axes_of,
+    broadcast,
     product,
     resolve,
     same_length,
     settle,
     shape_of,
 )
-from attnopt.passes.recognize.layout import Arranger, back
+from attnopt.passes.recognize.layout import LAYOUT_OPS, Arranger, back
 from attnopt.passes.recognize.pointwise import is_cast
 from attnopt.passes.recognize.program import SOFTMAX, Program
 from attnopt.passes.recognize.sampling import SamplingSite
@@ -42,6 +44,8 @@ aten = torch.ops.aten
 Axes = tuple[Axis, ...]
 #: scale and offset from a range of locations to F.grid_sample's, the best first
 RANGES = {"unit": (2.0, -1.0), "signed": (1.0, 0.0)}
+#: what weights meet between their softmax and the samples
+_MASKS = frozenset(("mul", "div", "masked_fill", "where"))
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Sampled:
     depth:          of a grid that is an outer product with depths, which is not built then
     not_lifted:     why a grid of three axes is built
     order:          of the coordinates, where the depth's is not the last
+    sized:          views of the value that only tell the sizes of grids
     softmax:        that of the weights, where it is for them alone
     """
 
@@ -69,6 +74,7 @@ class Sampled:
     depth: list[Tensor] = field(default_factory=list)
     not_lifted: str = ""
     order: tuple[int, ...] = ()
+    sized: list[Tensor] = field(default_factory=list)
     softmax: fx.Node | None = None
     computed: frozenset[fx.Node] = frozenset()
     exact: None = None
@@ -77,7 +83,7 @@ class Sampled:
     def tensors(self) -> list[Tensor]:
         """Every tensor of the author's program that the call reads."""
         return [*self.value, *(t for each in self.locations for t in each), *self.weights,
-                *self.depth]
+                *self.depth, *self.sized]
 
     def lengths(self) -> tuple[Any, ...]:
         """(B, S, H, C, Q, T)"""
@@ -98,8 +104,6 @@ def canonicalize_sampling(program: Program, site: SamplingSite) -> Sampled:
         raise Decline(f"no weighted sum over sampled points follows, and {not_lifted}", site.anchor)
     samples, first = site.samples, site.samples[0]
     sizes = [tuple(a.size for a in s.space) for s in samples]
-    if not all(isinstance(n, int) for grid in sizes for n in grid):
-        raise Decline("the size of a grid is not known", first.node)
     if first.mode == "bicubic":
         raise Decline("bicubic sampling: the op has linear and nearest", first.node)
     for other in samples[1:]:
@@ -146,6 +150,7 @@ def canonicalize_sampling(program: Program, site: SamplingSite) -> Sampled:
         [Tensor(t.node, t.layout, (*t.target, heads, resolve((deep,))))
          for deep in (first.depth_axis,) if deep is not None
          for t in bring(depth, whole_texels, grids, (batch,), ())], not_lifted, first.order)
+    made.sized = _sized(site, made.tensors)
     made.softmax = _softmax(program, site, made.weights)
     made.computed = frozenset(
         n for n in _between(site.end, {t.node for t in made.tensors}) if n.op == "call_function")
@@ -167,6 +172,22 @@ def _lifted(program: Program, site: SamplingSite) -> tuple[SamplingSite, str]:
         site, terms=terms, lead=(*site.lead, *(a for a in columns if a in varied)),
         columns=tuple(a for a in columns if a not in varied),
         interior=[*site.interior, *inner]), ""
+
+
+def _sized(site: SamplingSite, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Grids whose sizes are not known and cannot be read off the tensors, which have them flat."""
+    known = {product(dim) for t in tensors for dim in settle(t.layout)}
+    read = {t.node for t in tensors}
+    found = []
+    for (node, layout), space in ((s.value, s.space) for s in site.samples):
+        if not all(isinstance(a.size, int) or a.size in known for a in resolve(space)):
+            at: Any = node
+            while at not in read and at.op == "call_function" and op_name(at) in LAYOUT_OPS:
+                at = at.args[0]
+            if at not in read:
+                raise Decline("the size of a grid is not known", node)
+            found.append(Tensor(node, layout, ()))
+    return found
 
 
 def _texels(site: SamplingSite) -> Levels | None:
@@ -256,27 +277,37 @@ class _Finder:
 
 
 def _softmax(program: Program, site: SamplingSite, weights: Sequence[Tensor]) -> fx.Node | None:
-    """The softmax over points whose result is only this site's weights."""
-    if len(weights) != 1:
+    """The softmax over points whose result is only this site's weights, masked or not."""
+    path = _to_softmax(weights[0].node, weights[0].layout) if len(weights) == 1 else []
+    if not path:
         return None
-    node, layout = weights[0].node, weights[0].layout
-    path = [node]
-    while op_name(node) not in SOFTMAX:
-        step = back(node, layout) if node.op == "call_function" else None
-        if node.op == "call_function" and (op_name(node) in ("flip", "dropout") or is_cast(node)):
-            step = node.args[0], layout  # type: ignore[assignment]
-        if step is None:
-            return None
-        node, layout = step
-        path.append(node)
+    node, layout = path[-1]
     dim = node.args[1]
     assert isinstance(dim, int)
     points = {a for p in site.points for a in resolve(p)}
     points |= set() if site.levels is None else set(resolve(site.levels.whole))
-    inside = {*path, *_between(site.end, set(weights[i].node for i in range(len(weights))))}
-    alone = all(u in inside for n in path for u in program.users(n))
+    inside = _between(site.end, {node})
+    alone = all(u in inside for n, _ in path for u in program.users(n))
     return node if alone and "log" not in op_name(node) \
-        and set(resolve(layout[dim])) <= points else None
+        and set(resolve(settle(layout)[dim])) <= points else None
+
+
+def _to_softmax(node: Any, layout: Layout) -> list[tuple[fx.Node, Layout]]:
+    """From `node` back to a softmax through rearrangements and masks; [] where there is none."""
+    if not is_tensor(node) or node.op != "call_function":
+        return []
+    name = op_name(node)
+    if name in SOFTMAX:
+        return [(node, layout)]
+    step = back(node, layout)
+    before: list[tuple[Any, Layout]] = [] if step is None else [step]
+    if step is None and name in _MASKS:
+        before = [(x, broadcast(layout, shape_of(x.meta["val"]))) for x in node.args
+                  if is_tensor(x) and x.meta["val"].is_floating_point()]  # type: ignore[union-attr]
+    elif step is None and (name in ("flip", "dropout") or is_cast(node)):
+        before = [(node.args[0], layout)]
+    rest = next(filter(None, (_to_softmax(*x) for x in before)), None)
+    return [(node, layout), *rest] if rest else []
 
 
 def _between(end: fx.Node, starts: set[fx.Node]) -> set[fx.Node]:
@@ -301,7 +332,7 @@ def substitute_sampling(graph: fx.Graph, view: View, sampled: Sampled, schedule:
         arranger = Arranger(graph, end, {})
         for tensor in sampled.tensors:
             arranger.learn(view.author[tensor.node], tensor.layout)
-
+        shapes = [arranger.length(n) for n in sampled.grids]
         value = _brought(arranger, view, sampled.value, 1)
         depth = _brought(arranger, view, sampled.depth, 1, shared=2) if sampled.depth else None
         each = [_brought(arranger, view, found, 3) for found in sampled.locations]
@@ -325,7 +356,7 @@ def substitute_sampling(graph: fx.Graph, view: View, sampled: Sampled, schedule:
                                     dtype=first.meta["val"].dtype)
         dtype = torch.promote_types(value.meta["val"].dtype, weights.meta["val"].dtype)
         out = arranger.call(torch.ops.attnopt.deformable_attention.default, value, locations,
-                            weights, depth, list(sampled.grids), str(sampled.spec), schedule,
+                            weights, depth, shapes, str(sampled.spec), schedule,
                             shape=shape, dtype=dtype)
         result = arranger.arrange(out, sampled.result, settle(site.out_layout))
         lengths = [product(dim) for dim in settle(site.out_layout)]

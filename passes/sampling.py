@@ -119,7 +119,7 @@ def _first_match(captured: Captured, sampled: Sampled, options: Options, record:
     dtypes = tuple(v.dtype if v.is_floating_point() else torch.float32 for v in values)
     device = values[0].device.type
     region = SamplingRegion(sampled.spec, dtypes, sampled.lengths(), device, in_training(captured),
-                            lowering(dtypes, device), options.lowerings)
+                            lowering(dtypes, device), options.lowerings, options.prefer)
     for rule in REGISTRY.pick(options.exact_rules):
         if getattr(rule, "kind", "attention") != "sampling":
             continue

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from attnopt.ir.spec import Schedule, Spec
-from attnopt.passes.canonical import Canonical
+from attnopt.ir.spec import Schedule
 from attnopt.passes.normalize import View
 from attnopt.passes.planning import Planned
-from attnopt.passes.substitute import discard, rewire, substitute
+from attnopt.passes.substitute import Part, discard, rewire, substitute
 from attnopt.passes.verify import Candidate
 from attnopt.rules import Decline
 
@@ -52,18 +51,20 @@ def emit(graph: fx.Graph, view: View, plans: Sequence[Planned], *,
             for p in members:
                 p.match = None
                 if taken:
-                    p.record.rule, p.record.reason = "", no.reason
+                    p.record.tried.append(f"{p.record.rule}: {no.reason}")
+                    p.record.rule, p.record.reason = "", f"{p.record.rule}: {no.reason}"
             continue
         parts = [p.canonical for p in members if p.canonical is not None]
-        made.append((Candidate(parts, done, trial=not taken), members))
+        custom = any(p.match is not None and p.match.compute is not None for p in members)
+        made.append((Candidate(parts, done, not taken, custom), members))
     return made
 
 
-def _part(plan: Planned) -> tuple[Canonical, Spec, Schedule]:
+def _part(plan: Planned) -> Part:
     assert plan.canonical is not None
     if plan.match is not None:
-        return plan.canonical, plan.match.spec, plan.match.schedule
-    return plan.canonical, plan.canonical.spec.with_(dropout=0.0), Schedule("aten:dense")
+        return plan.canonical, plan.match.spec, plan.match.schedule, plan.match.compute
+    return plan.canonical, plan.canonical.spec.with_(dropout=0.0), Schedule("aten:dense"), None
 
 
 def _can_be_tried(plan: Planned) -> bool:
@@ -91,7 +92,11 @@ def settle(graph: fx.Graph, view: View, candidate: Candidate, members: Sequence[
     if not candidate.accepted:
         discard(graph, candidate.done)
         for plan in members:
-            keep(plan, f"verification: {candidate.reason}")
+            record = plan.record
+            if record.rule:
+                record.tried.append(f"{record.rule}: {candidate.reason}")
+            who = f"the rule {record.rule}: " if candidate.custom else ""
+            keep(plan, f"verification: {who}{candidate.reason}")
             log.warning("%s is kept: %s", plan.record.path or plan.record.node, candidate.reason)
         return
     rewire(graph, candidate.done)

@@ -9,14 +9,16 @@ belongs to the site alone.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from attnopt.ir.spec import Schedule, Spec
 from attnopt.passes.canonical import Canonical, Tensor
+from attnopt.passes.custom import CUSTOM, inline_function
 from attnopt.passes.normalize import View, _aliased, op_name, writes
 from attnopt.passes.recognize.axes import axes_of, product, resolve, settle
 from attnopt.passes.recognize.layout import Arranger
@@ -34,18 +36,23 @@ class Substitution:
     result: fx.Node
 
 
-def substitute(graph: fx.Graph, view: View,
-               parts: Sequence[tuple[Canonical, Spec, Schedule]]) -> Substitution:
-    """Emit the calls for sites that share one end (their results are added), without re-wiring."""
+Part = tuple[Canonical, Spec, Schedule, Callable[..., Any] | None]
+
+
+def substitute(graph: fx.Graph, view: View, parts: Sequence[Part]) -> Substitution:
+    """Emit the calls for sites that share one end (their results are added), without re-wiring.
+
+    A part with a function has that traced in place of the op.
+    """
     site = parts[0][0].site
     end = view.author[site.end]
     dtype = end.meta["val"].dtype
     with graph.inserting_before(end):
         arranger = Arranger(graph, end, dict(parts[0][0].site.fixed))
         results = []
-        for canonical, spec, schedule in parts:
-            arranger.fixed = canonical.site.fixed
-            results.append(_call(arranger, view, canonical, spec, schedule))
+        for part in parts:
+            arranger.fixed = part[0].site.fixed
+            results.append(_call(arranger, view, *part))
         total = results[0]
         shape = [product(dim) for dim in map(resolve, parts[0][0].result)]
         for other in results[1:]:
@@ -59,17 +66,17 @@ def substitute(graph: fx.Graph, view: View,
             result = arranger.call(aten.contiguous.default, result, dtype=dtype,
                                    shape=[product(dim) for dim in settle(site.out_layout)])
         if not site.sdpa and _returned(view, end) and any(
-                schedule.lowering == "aten:sdpa" for _, _, schedule in parts):
+                schedule.lowering in ("aten:sdpa", CUSTOM) for _, _, schedule, _ in parts):
             # Fused attention saves its result for the backward pass: who gets it may write to it.
             result = arranger.call(aten.clone.default, result, dtype=dtype,
                                    shape=[product(dim) for dim in settle(site.out_layout)])
     inputs = list(dict.fromkeys(
-        view.author[t.node] for c, _, _ in parts for t in c.tensors))
+        view.author[t.node] for c, *_ in parts for t in c.tensors))
     return Substitution(end, inputs, arranger.emitted, result)
 
 
 def _call(arranger: Arranger, view: View, canonical: Canonical, spec: Spec,
-          schedule: Schedule) -> fx.Node:
+          schedule: Schedule, compute: Callable[..., Any] | None) -> fx.Node:
     def bring(tensor: Tensor) -> fx.Node:
         if tensor.recipe is not None:
             return _made(arranger, tensor, [bring(t) for t in tensor.recipe.inputs])
@@ -79,9 +86,12 @@ def _call(arranger: Arranger, view: View, canonical: Canonical, spec: Spec,
 
     query, key, value = map(bring, (canonical.query, canonical.key, canonical.value))
     operands = [bring(canonical.operands[o.slot]) for o in spec.operands]
+    shape = [product(dim) for dim in map(resolve, canonical.result)]
+    if compute is not None:
+        slots = {o.slot: node for o, node in zip(spec.operands, operands, strict=True)}
+        return inline_function(arranger, compute, (query, key, value), slots, shape)
     call = arranger.call(torch.ops.attnopt.attention.default, query, key, value, operands,
                          str(spec), str(schedule))
-    shape = [product(dim) for dim in map(resolve, canonical.result)]
     return arranger.call(operator.getitem, call, 0, shape=shape,
                          dtype=query.meta["val"].dtype)
 

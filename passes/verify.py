@@ -26,6 +26,7 @@ from torch import fx
 from attnopt.ir.captured import Captured
 from attnopt.passes import approximate, oracle
 from attnopt.passes.canonical import Canonical
+from attnopt.passes.custom import fault
 from attnopt.passes.kinks import at_kinks
 from attnopt.passes.normalize import View, is_tensor, op_name
 from attnopt.passes.recognize.layout import LAYOUT_OPS
@@ -41,11 +42,13 @@ class Candidate:
     """A substituted region: its sites, the emitted nodes, and what verification found.
 
     trial: the author's nodes stay; the emitted ones only show that the normal form is right.
+    custom: there is a user's function among them, which may raise.
     """
 
     parts: Sequence[Canonical]
     done: Substitution
     trial: bool = False
+    custom: bool = False
     deviation: float | None = None
     error: float | None = None
     error_original: float | None = None
@@ -111,6 +114,7 @@ def verify(captured: Captured, view: View, candidates: Sequence[Candidate],
     tolerance: what an approximation may change of a result, root mean square
     """
     at_end = {c.done.end: c for c in candidates}
+    custom = {node: c for c in candidates if c.custom for node in c.done.emitted}
     graph = captured.graph
     for c in candidates:
         c.boundary = boundary(view, c.parts)
@@ -130,16 +134,29 @@ def verify(captured: Captured, view: View, candidates: Sequence[Candidate],
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
                     if node.op == "get_attr":
                         env[node] = getattr(captured.graph_module, node.target)  # type: ignore
+                    elif node in custom:
+                        env[node] = _try(custom[node], node, args, kwargs)
                     else:
                         env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                     if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
                         torch._C._set_grad_enabled(False)
-                if node in at_end:
+                if node in at_end and at_end[node].accepted:
                     _judge(captured, view, at_end[node], env, judged, tolerance)
                 for dead in last.get(node, ()):
                     env.pop(dead, None)
         finally:
             torch._C._set_grad_enabled(grad)
+
+
+def _try(c: Candidate, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """The value of a node of a user's function, None once one of them has raised."""
+    if not c.accepted:
+        return None
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        c.reason = f"{op_name(node)} {fault(error)}"
+        return None
 
 
 def _cuda_devices(captured: Captured) -> list[int]:
@@ -188,10 +205,15 @@ def _judge(captured: Captured, view: View, c: Candidate, env: Mapping[fx.Node, A
         approximate.judge(captured, view, c, known, env, original, new, tolerance)
         return
     _compare(c, known, original, new, lambda: oracle.symbol_value({}))
-    if c.accepted and not c.trial:
-        compare_gradients(captured, c, view, known, env)
-    if c.accepted:
-        draw(captured, view, c, known)
+    try:
+        if c.accepted and not c.trial:
+            compare_gradients(captured, c, view, known, env)
+        if c.accepted:
+            draw(captured, view, c, known)
+    except Exception as error:
+        if not c.custom:
+            raise
+        c.reason = f"its function or its gradient {fault(error)}"
     judged[signature] = c
 
 
@@ -345,13 +367,20 @@ def _shaken(value: Any) -> Any:
 def rerun(c: Candidate, view: View, known: Mapping[fx.Node, Any],
           env: Mapping[fx.Node, Any]) -> torch.Tensor:
     """The emitted nodes on other values of the region's inputs."""
-    values = {view.author[n]: v for n, v in known.items()}
-    for source in {t.node for p in c.parts for t in p.tensors} - known.keys():
-        if _views(source, known):
-            values[view.author[source]] = oracle.run(
-                source, dict(known), precise=False, number=getattr(env, "number", None))
+    values = given(c, view, known, env)
     for node in c.done.emitted:
         args, kwargs = fx.node.map_arg(
             (node.args, node.kwargs), lambda n: values[n] if n in values else env[n])
         values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return values[c.done.result]
+
+
+def given(c: Candidate, view: View, known: Mapping[fx.Node, Any],
+          env: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """The region's inputs by the author's nodes, with the views of them that the rewrite reads."""
+    values = {view.author[n]: v for n, v in known.items()}
+    for source in {t.node for p in c.parts for t in p.tensors} - known.keys():
+        if _views(source, known):
+            values[view.author[source]] = oracle.run(
+                source, dict(known), precise=False, number=getattr(env, "number", None))
+    return values

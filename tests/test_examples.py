@@ -104,3 +104,10 @@ def test_bias(name: str, form: str, options: tuple[str, ...]) -> None:
     for line in said.splitlines():
         if "differ by at most" in line:
             assert float(line.rpartition("at most ")[2]) < 1e-4
+
+
+def test_write_rules() -> None:
+    said = _example("write_rules.py", "--tokens", "48")
+    assert "forgetful: WRONG" in said and "smallest counterexample" in said
+    assert "mended: ok" in said and "squashed: ok" in said
+    assert "exact rules: 2 sites" in said and "changes " in said

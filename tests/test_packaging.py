@@ -21,7 +21,7 @@ pytest.importorskip("setuptools", minversion="77")
 ROOT = Path(__file__).resolve().parent.parent
 # Top-level folder of the repository -> where it lies in the wheel.
 INSTALLED = {"attnopt": "attnopt", "passes": "attnopt/passes", "kernels": "attnopt/kernels"}
-DATA = {".json", ".html", ".css", ".cpp", ".h", ".typed"}
+DATA = {".json", ".html", ".css", ".js", ".cpp", ".h", ".typed"}
 
 # Imports the modules named as arguments and prints from which files they came.
 IMPORT = """

@@ -24,6 +24,7 @@ from attnopt.bench import (
     cpu,
     deformable,
     gpu,
+    onnx,
     optimizing,
     overhead,
     sparse,
@@ -43,12 +44,13 @@ SUITES: dict[str, Suite] = {
     "bias": bias.measure,
     "deformable": deformable.measure,
     "backend": backend.measure,
+    "onnx": onnx.measure,
     "gpu": gpu.measure,
     "tiles": tiles.measure,
     "gpu-tiles": tiles.measure_gpu,
 }
 #: suites whose results are rows that a chart can show
-_ROWS = ("cpu", "sparse", "bias", "deformable", "gpu")
+_ROWS = ("cpu", "sparse", "bias", "deformable", "onnx", "gpu")
 #: results that belong to the repository; an installed package has no such place to write to
 RESULTS = Path(__file__).parent / "results"
 

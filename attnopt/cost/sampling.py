@@ -58,8 +58,3 @@ def seconds(device: Cpu, samples: Samples, lowering: str) -> float:
     }
     return 1e-9 * sum(given.get(f"sampling.{lowering}.{name}", 0.0) * n
                       for name, n in counted.items())
-
-
-def speedup(device: Cpu, samples: Samples, lowering: str) -> float:
-    """Predicted time of the composition over that of the op."""
-    return seconds(device, samples, "plain") / seconds(device, samples, lowering)

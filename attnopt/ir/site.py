@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import re
 from dataclasses import dataclass, field
@@ -48,6 +49,10 @@ class SiteRecord:
     #: the example (`attnopt.ir.mask_picture.parse`)
     tile_density: float | None = None
     picture: str = ""
+    #: the text of the source line
+    code: str = ""
+    #: the generated kernel, a key of the report's `kernels`
+    kernel: str = ""
     #: the rules that were tried, nearest first, as "rule: first condition that failed"
     tried: list[str] = field(default_factory=list)
 
@@ -82,6 +87,17 @@ _HOMES = _homes()
 def source_line(node: fx.Node) -> str:
     """"file.py:123" of the user's own code that made the node: the innermost frame that is not
     torch's, or "" where the capture recorded none."""
+    file, line = _frame(node)
+    return f"{os.path.basename(file)}:{line}" if file else ""
+
+
+def source_code(node: fx.Node) -> str:
+    """The text of that line, or "" where its file is not at hand."""
+    file, line = _frame(node)
+    return linecache.getline(file, line).strip() if file else ""
+
+
+def _frame(node: fx.Node) -> tuple[str, int]:
     frames: list[tuple[str, str]] = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [f for f in frames if not os.path.realpath(f[0]).startswith(_HOMES)] or frames
-    return f"{os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
+    return (own[-1][0], int(own[-1][1])) if own else ("", 0)

@@ -1,9 +1,11 @@
 """ONNX: export of optimised models, and the same recognition on ONNX files.
 
     attnopt.export_onnx(model, args, "model.onnx")      # opset 23: Attention, or tiles, or gathers
+    attnopt.onnx.optimize("model.onnx", "faster.onnx")  # a file that another exporter wrote
 """
 
 from attnopt.onnx.export import LOWERINGS, OPSETS, export_onnx
+from attnopt.onnx.optimize import optimize
 from attnopt.onnx.report import OnnxReport
 
-__all__ = ["LOWERINGS", "OPSETS", "OnnxReport", "export_onnx"]
+__all__ = ["LOWERINGS", "OPSETS", "OnnxReport", "export_onnx", "optimize"]

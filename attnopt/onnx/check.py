@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from attnopt.errors import AttnOptError
+from attnopt.agreement import allowed as allowed_difference
+from attnopt.agreement import distance, outputs
+from attnopt.errors import AttnOptError, VerificationError
 from attnopt.onnx.report import OnnxReport
 
-_BOUND = 1e-4
 #: elements of inputs up to which the slow reference evaluator is asked as well
 _SMALL = 1 << 16
 _LARGEST = 2 << 30
@@ -34,7 +35,8 @@ def compare(report: OnnxReport, path: Path, model: Callable[..., Any],
     program: what was translated; it says which sizes are dynamic.
 
     Raises:
-        AttnOptError: the file is not valid, or a difference is beyond the bound.
+        AttnOptError: the file is not valid.
+        VerificationError: a difference is beyond the bound.
     """
     import onnx
     import onnxruntime
@@ -51,23 +53,24 @@ def compare(report: OnnxReport, path: Path, model: Callable[..., Any],
     bound = 0.0
     for words, given in _arguments(program, args, kwargs):
         with torch.no_grad():
-            expected = _outputs(model(*given[0], **given[1]))
+            expected = outputs(model(*given[0], **given[1]))
         feed = _feed(session, given)
         found = [torch.from_numpy(x) for x in session.run(None, feed)]
-        allowed = _allowed(expected)
-        gap = _distance(found, expected)
+        allowed = allowed_difference(expected)
+        gap = distance(found, expected)
         errors[f"onnxruntime, {words}"], bound = gap, max(bound, allowed)
         if not gap <= allowed:
-            raise AttnOptError(f"the exported file must compute what the model computes, got a "
-                               f"difference of {gap:.1e} on {words}, allowed are {allowed:.1e}")
+            raise VerificationError(
+                "the exported file must compute what the model computes, got a difference of "
+                f"{gap:.1e} on {words}, allowed are {allowed:.1e}")
     small = sum(x.numel() for x in pytree.tree_leaves((args, kwargs))
                 if isinstance(x, Tensor)) <= _SMALL
     if small and report.size < 1 << 24:
         reference = _reference(path, session, (args, kwargs))
         if reference is not None:
             with torch.no_grad():
-                expected = _outputs(model(*args, **kwargs))
-            errors["reference evaluator"] = _distance(reference, expected)
+                expected = outputs(model(*args, **kwargs))
+            errors["reference evaluator"] = distance(reference, expected)
     return dataclasses.replace(report, errors=errors, bound=bound)
 
 
@@ -88,33 +91,6 @@ def _feed(session: Any, given: tuple[tuple[Any, ...], Mapping[str, Any]]) -> dic
     if len(names) != len(leaves):
         raise AttnOptError(f"the exported file must take {len(leaves)} tensors, got {len(names)}")
     return {name: x.detach().contiguous().numpy() for name, x in zip(names, leaves, strict=True)}
-
-
-def _outputs(tree: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
-
-
-def _allowed(expected: list[Tensor]) -> float:
-    size = max((float(x.double().abs().nan_to_num(0, 0, 0).max()) for x in expected if x.numel()),
-               default=1.0)
-    half = any(x.dtype in (torch.float16, torch.bfloat16) for x in expected)
-    return max(size, 1e-3) * (2e-2 if half else _BOUND)
-
-
-def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    if len(found) != len(expected):
-        raise AttnOptError(f"the exported file must give {len(expected)} tensors, got {len(found)}")
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        if a.shape != b.shape:
-            raise AttnOptError(f"an output must be of shape {tuple(b.shape)}, got {tuple(a.shape)}")
-        a, b = a.double(), b.double()
-        if not torch.equal(a.isnan(), b.isnan()):
-            return float("inf")
-        same = (a == b) | a.isnan()
-        gap = (a - b).abs()[~same]
-        worst = max(worst, float(gap.max()) if gap.numel() else 0.0)
-    return worst
 
 
 def _arguments(program: torch.export.ExportedProgram, args: tuple[Any, ...],

@@ -61,9 +61,11 @@ def export_onnx(
     Raises:
         OptionError: an argument is of a wrong type or value, or a package is missing.
         CaptureError: the model cannot be captured as one graph.
-        AttnOptError: the file does not compute what the model computes; nothing is written.
+        VerificationError: the file does not compute what the model computes; nothing is written.
+        AttnOptError: the file is not valid.
     """
     _check(opset, lowering, keep_functions, verify)
+    from attnopt.agreement import original
     from attnopt.onnx.check import compare
     from attnopt.program import exported, whole_file
 
@@ -77,7 +79,7 @@ def export_onnx(
         made.save(str(part))
         found = OnnxReport.of(part, forms, report, opset)
         if verify:
-            found = compare(found, part, _model(model), program, args, dict(kwargs or {}))
+            found = compare(found, part, original(model), program, args, dict(kwargs or {}))
     return found.at(target)
 
 
@@ -96,15 +98,6 @@ def _check(opset: Any, lowering: Any, keep_functions: Any, verify: Any) -> None:
             raise OptionError(f"export_onnx needs {package}: install attnopt[onnx]") from error
 
 
-def _model(model: Any) -> Any:
-    """What the file is compared with: the author's own model."""
-    from attnopt.module import OptimizedModule, users_module
-
-    if isinstance(model, OptimizedModule):
-        return users_module(model)
-    return model.module() if isinstance(model, torch.export.ExportedProgram) else model
-
-
 def _translate(program: torch.export.ExportedProgram, args: tuple[Any, ...],
                kwargs: dict[str, Any], opset: int, bodies: Bodies) -> tuple[Any, list[Form]]:
     """The torch.onnx program, and the forms of its attentions."""
@@ -113,9 +106,14 @@ def _translate(program: torch.export.ExportedProgram, args: tuple[Any, ...],
                                  opset_version=opset)
     if made is None:
         raise AttnOptError("torch.onnx.export gave nothing")
-    for function in bodies.functions(made.model.opset_imports.get("", opset)):
-        made.model.functions[function.identifier()] = function
-    calls = [node for node in made.model.graph if node.domain == DOMAIN]
+    return made, attach(made.model, bodies, opset)
+
+
+def attach(model: Any, bodies: Bodies, opset: int) -> list[Form]:
+    """Give a model the functions that it calls; their forms."""
+    for function in bodies.functions(model.opset_imports.get("", opset)):
+        model.functions[function.identifier()] = function
+    calls = [node for node in model.graph if node.domain == DOMAIN]
     forms = []
     for form in bodies.forms:
         own = [node for node in calls if node.op_type == form.name]
@@ -125,8 +123,8 @@ def _translate(program: torch.export.ExportedProgram, args: tuple[Any, ...],
             node.metadata_props["attnopt.spec"] = form.spec
         forms.append(dataclasses.replace(form, calls=len(own)))
     if forms:
-        made.model.opset_imports[DOMAIN] = 1
-    return made, forms
+        model.opset_imports[DOMAIN] = 1
+    return forms
 
 
 @contextlib.contextmanager

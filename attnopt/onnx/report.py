@@ -41,15 +41,16 @@ class OnnxReport:
     kept: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, path: Path, forms: Sequence[Form], report: Report, opset: int) -> OnnxReport:
-        """What can be read off a file."""
+    def of(cls, path: Path, forms: Sequence[Form], report: Report, opset: int,
+           kept: Sequence[str] = ()) -> OnnxReport:
+        """What can be read off a file; `kept` besides what the report says."""
         import onnx
 
         model = onnx.load(path, load_external_data=False)
         bodies = {(f.domain, f.name): len(f.node) for f in model.functions}
         inlined = sum(bodies.get((n.domain, n.op_type), 1) for n in model.graph.node)
-        kept = tuple(f"{s.path or s.node}: {s.reason}" for s in report.sites
-                     if s.status != "rewritten")
+        kept = (*kept, *(f"{s.path or s.node}: {s.reason}" for s in report.sites
+                         if s.status != "rewritten"))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return cls(str(path), opset, tuple(forms), len(model.graph.node), inlined, _size(path),
                    digest, {}, None, kept)

@@ -2,7 +2,8 @@
 
 SCHEMA_VERSION rises when a field changes its meaning or goes away. New fields do not raise it, and
 a reader ignores those that it does not know. JSON has no NaN or infinity, so such numbers are the
-strings "nan", "inf" and "-inf".
+strings "nan", "inf" and "-inf". Version 2 has the nodes of the graphs, each as a row of
+NODE_FIELDS, and the generated kernels.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from importlib import resources
 from typing import Any
 
 from attnopt.errors import OptionError
+from attnopt.ir.graph_record import GraphRecord, NodeRecord
 from attnopt.ir.site import SiteRecord
 from attnopt.timing import Comparison
 
 SCHEMA_NAME = "attnopt.report"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SITE_FIELDS = frozenset(f.name for f in dataclasses.fields(SiteRecord))
 _SITE_FLOATS = frozenset(
     f.name for f in dataclasses.fields(SiteRecord) if "float" in str(f.type))
+NODE_FIELDS = tuple(f.name for f in dataclasses.fields(NodeRecord))
 _COMPARISON_FIELDS = frozenset(f.name for f in dataclasses.fields(Comparison) if f.init)
 _COMPARISON_TUPLES = frozenset({"baseline", "candidate", "names"})
 
@@ -54,6 +57,8 @@ def decode(text: str) -> dict[str, Any]:
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise OptionError(f"schema_version must be from 1 to {SCHEMA_VERSION}, got {version!r}")
     body["sites"] = [_site(site) for site in body.get("sites", ())]
+    body["graphs"] = [GraphRecord(*(tuple(map(_node, graph[side])) for side in ("before", "after")))
+                      for graph in body.get("graphs", ())]
     body["timings"] = {k: _number(v) for k, v in body.get("timings", {}).items()}
     if body.get("measurement") is not None:
         body["measurement"] = _comparison(body["measurement"])
@@ -63,6 +68,8 @@ def decode(text: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, NodeRecord):
+        return [_plain(getattr(value, name)) for name in NODE_FIELDS]
     if isinstance(value, Comparison):
         value = {name: getattr(value, name) for name in sorted(_COMPARISON_FIELDS)}
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -72,6 +79,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
+
+
+def _node(row: list[Any]) -> NodeRecord:
+    known = dict(zip(NODE_FIELDS, row, strict=False))
+    return NodeRecord(**{**known, "inputs": tuple(known.get("inputs", ()))})
 
 
 def _number(value: Any) -> float:

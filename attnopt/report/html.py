@@ -1,4 +1,4 @@
-"""The report as HTML: a fragment for notebooks, and a page made of the same fragment.
+"""The report as HTML: a fragment for notebooks, which `page` takes in as well.
 
 Self-contained (no script, no font, nothing loaded), escaped, light and dark: colours follow the
 notebook's theme where it says which one it is (JupyterLab, VS Code), else the system's. All rules
@@ -32,16 +32,16 @@ def fragment(report: Report, diff_lines: int | None = _DIFF_LINES) -> str:
     rows = fold(report.sites)
     parts = [
         f"<style>{style()}</style>",
-        f"<p class='title'>attnopt report: <b>{_text(table.title(report))}</b></p>",
-        f"<p>{_text(counts_line(report.sites))}</p>",
+        f"<p class='title'>attnopt report: <b>{cut(table.title(report))}</b></p>",
+        f"<p>{cut(counts_line(report.sites))}</p>",
         _table(rows),
         _kept(rows),
         _canonical(rows),
         _section("Approximate, as asked for",
-                 [f"<b>{_breakable(printable(path, LONGEST))}</b>: {_text(text, 2 * LONGEST)}"
+                 [f"<b>{_breakable(printable(path, LONGEST))}</b>: {cut(text, 2 * LONGEST)}"
                   for path, text in table.approximations(rows)]),
         _section("Memory, as preferred to speed",
-                 [f"<b>{_breakable(printable(path, LONGEST))}</b>: {_text(text, 2 * LONGEST)}"
+                 [f"<b>{_breakable(printable(path, LONGEST))}</b>: {cut(text, 2 * LONGEST)}"
                   for path, text in table.memories(rows)]),
         _summary(report),
         _diff(report.diff(), diff_lines),
@@ -49,23 +49,11 @@ def fragment(report: Report, diff_lines: int | None = _DIFF_LINES) -> str:
     return "<div class='attnopt'>" + "\n".join(p for p in parts if p) + "</div>"
 
 
-def page(report: Report) -> str:
-    """A whole document around the fragment."""
-    title = _text(table.title(report))
-    return (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>attnopt report: {title}</title>\n"
-        "<style>html{color-scheme:light dark}body{margin:2rem auto;max-width:80rem;"
-        "padding:0 1rem}</style>\n</head>\n<body>\n"
-        f"{fragment(report, None)}\n</body>\n</html>\n")
-
-
 def style() -> str:
     return resources.files("attnopt.report").joinpath("report.css").read_text("utf-8")
 
 
-def _text(text: object, limit: int | None = None) -> str:
+def cut(text: object, limit: int | None = None) -> str:
     return escape(printable(text, limit))
 
 
@@ -75,11 +63,14 @@ def _table(rows: Sequence[Row]) -> str:
     names, cells = table.used_columns(rows)
     head = "".join(f"<th scope='col'>{escape(table.header(n, rows))}</th>" for n in names)
     body = "".join(
-        "<tr>" + "".join(_cell(n, c) for n, c in zip(names, texts, strict=True)) + "</tr>"
-        + _more(row, len(names))
+        f"<tbody class=site data-status='{cut(row.first.status, LONGEST)}' "
+        f"data-kind='{cut(row.first.kind, LONGEST)}' "
+        f"data-rule='{cut(row.first.rule or 'none', LONGEST)}'><tr>"
+        + "".join(_cell(n, c) for n, c in zip(names, texts, strict=True)) + "</tr>"
+        + _more(row, len(names)) + "</tbody>"
         for row, texts in zip(rows, cells, strict=True))
     return (f"<div class='scroll'><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>")
+            f"{body}</table></div>")
 
 
 def _cell(name: str, text: str) -> str:
@@ -87,7 +78,7 @@ def _cell(name: str, text: str) -> str:
         return f"<th scope='row'>{_breakable(text)}</th>"
     if name == "status":
         kind = text if text in _STATUSES else "other"
-        return f"<td><span class='status {kind}'>{_text(text)}</span></td>"
+        return f"<td><span class='status {kind}'>{cut(text)}</span></td>"
     return f"<td{' class=number' if name == 'error' else ''}>{_breakable(text)}</td>"
 
 
@@ -102,7 +93,16 @@ def _more(row: Row, span: int) -> str:
     paths = dict.fromkeys(s.path or "(model)" for s in row.sites)
     facts = [
         ("sites", ", ".join(paths) if len(paths) > 1 else ""),
+        ("source", ": ".join(filter(None, (site.source, site.code)))),
         ("node", site.node),
+        ("kind", site.kind),
+        ("bias", site.bias),
+        ("density", _share(site.density)),
+        ("tile density", _share(site.tile_density)),
+        ("tile", site.tile),
+        ("predicted", "" if site.predicted_speedup is None else
+         f"{site.predicted_speedup:.2f} times as fast as the author's"),
+        ("reason", site.reason),
         ("error", _errors(row)),
         ("normal form", site.spec),
         ("rules tried", "; ".join(site.tried)),
@@ -110,11 +110,17 @@ def _more(row: Row, span: int) -> str:
     facts = [(name, text) for name, text in facts if text]
     if not facts and not site.picture:
         return ""
-    listed = "".join(f"<dt>{n}</dt><dd>{_text(t, 20 * LONGEST)}</dd>" for n, t in facts)
+    listed = "".join(f"<dt>{n}</dt><dd>{cut(t, 20 * LONGEST)}</dd>" for n, t in facts)
+    if site.kernel:
+        listed += f"<dt>kernel</dt><dd><code>{cut(site.kernel, LONGEST)}</code></dd>"
     if site.picture:
         listed += f"<dt>mask</dt><dd>{pictures.figure(site)}</dd>"
     return (f"<tr class='more'><td colspan='{span}'><details><summary>details</summary>"
             f"<dl>{listed}</dl></details></td></tr>")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g}%"
 
 
 def _errors(row: Row) -> str:
@@ -133,17 +139,17 @@ def _kept(rows: Sequence[Row]) -> str:
     items = []
     for row in (r for r in rows if r.first.status == "kept"):
         rule, condition = row.nearest
-        place = f" at {_text(row.first.source)}" if row.first.source else ""
+        place = f" at {cut(row.first.source)}" if row.first.source else ""
         items.append(
             f"<b>{_breakable(printable(row.path, LONGEST))}</b>{place}: nearest rule "
-            f"<i>{_text(rule or 'none', LONGEST)}</i>, first failure: "
-            f"{_text(condition or 'no reason was recorded', 2 * LONGEST)}")
+            f"<i>{cut(rule or 'none', LONGEST)}</i>, first failure: "
+            f"{cut(condition or 'no reason was recorded', 2 * LONGEST)}")
     return _section("Kept as they were", items)
 
 
 def _canonical(rows: Sequence[Row]) -> str:
     return _section("Canonical, computed as the author does",
-                    [f"{n} x {_text(reason)}" for reason, n in table.reasons(rows).items()])
+                    [f"{n} x {cut(reason)}" for reason, n in table.reasons(rows).items()])
 
 
 def _section(title: str, items: Iterable[str]) -> str:
@@ -154,16 +160,16 @@ def _section(title: str, items: Iterable[str]) -> str:
 def _summary(report: Report) -> str:
     lines = []
     if report.timings:
-        lines.append(f"<p>Time: {_text(table.timings_line(report.timings))}</p>")
+        lines.append(f"<p>Time: {cut(table.timings_line(report.timings))}</p>")
     if report.measurement is not None:
-        lines.append(f"<p>Speed: {_text(report.measurement)}</p>")
+        lines.append(f"<p>Speed: {cut(report.measurement)}</p>")
     hits, misses = table.split_calls(report.calls)
     if hits or misses:
-        listed = "".join(f"<li>{n} x {_text(reason, 2 * LONGEST)}</li>"
+        listed = "".join(f"<li>{n} x {cut(reason, 2 * LONGEST)}</li>"
                          for reason, n in misses.items())
         lines.append(f"<p>Calls: {hits} by a variant, {sum(misses.values())} by the module's own "
                      f"forward</p>{f'<ul>{listed}</ul>' if listed else ''}")
-    lines += [f"<p>Note: {_text(note, 4 * LONGEST)}</p>" for note in report.notes]
+    lines += [f"<p>Note: {cut(note, 4 * LONGEST)}</p>" for note in report.notes]
     return "".join(lines)
 
 
@@ -174,7 +180,7 @@ def _diff(diff: str, limit: int | None) -> str:
     shown = lines if limit is None else lines[:limit]
     marks = {"+": "add", "-": "del", "@": "hunk"}
     body = "\n".join(
-        f"<span class={marks[line[0]]}>{_text(line)}</span>" if line[:1] in marks else _text(line)
+        f"<span class={marks[line[0]]}>{cut(line)}</span>" if line[:1] in marks else cut(line)
         for line in shown)
     if len(shown) < len(lines):
         body += f"\n... {len(lines) - len(shown)} more lines in report.diff()"

@@ -12,15 +12,18 @@ import os
 import platform
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.utils import _pytree as pytree
 
 from attnopt.errors import AttnOptError, OptionError
+from attnopt.ir.graph_record import GraphRecord
 from attnopt.ir.site import SiteRecord
-from attnopt.report import codec, html, pictures, table, terminal
+from attnopt.report import codec, html, page, pictures, table, terminal
+from attnopt.report.difference import Difference
+from attnopt.report.files import write_whole
+from attnopt.report.redact import redacted
 from attnopt.report.rows import counts
 from attnopt.report.text import printable
 from attnopt.timing import Comparison, compare
@@ -39,6 +42,8 @@ class Report:
               reason for which so many calls ran the user's own forward
     versions: of attnopt, torch and Python that made the report
     measurement: what the last `measure` found, else None
+    graphs:   the nodes of each captured graph before and after, with the sites they are part of
+    kernels:  text of the generated kernels, by the key that sites name
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class Report:
         calls: Mapping[str, int] | None = None,
         versions: Mapping[str, str] | None = None,
         measurement: Comparison | None = None,
+        graphs: Sequence[GraphRecord] = (),
+        kernels: Mapping[str, str] | None = None,
     ) -> None:
         self.sites = list(sites)
         self.model_name = model_name
@@ -62,6 +69,8 @@ class Report:
         self.calls: Mapping[str, int] = {} if calls is None else calls
         self.versions = _versions() if versions is None else dict(versions)
         self.measurement = measurement
+        self.graphs = list(graphs)
+        self.kernels = dict(kernels or {})
         self._original: Callable[[], Callable[..., Any] | None] = _nothing
         self._optimized: Callable[[], Callable[..., Any] | None] = _nothing
         self._example: Callable[[], Example | None] = _nothing
@@ -93,8 +102,23 @@ class Report:
         density, tile density and waste; equal ones once."""
         return pictures.render(self.sites)
 
-    def diff(self) -> str:
-        """Unified diff of the readable graphs before and after; "" where nothing changed."""
+    @overload
+    def diff(self) -> str: ...
+
+    @overload
+    def diff(self, other: Report) -> Difference: ...
+
+    def diff(self, other: Report | None = None) -> str | Difference:
+        """Without `other`: unified diff of the readable graphs before and after; "" where nothing
+        changed. With a later report: which sites came, went and changed from this one to it.
+
+        Raises:
+            OptionError: other is no Report.
+        """
+        if other is not None:
+            if not isinstance(other, Report):
+                raise OptionError(f"other must be a Report, got {type(other).__name__}")
+            return Difference.of(self.sites, other.sites)
         lines = difflib.unified_diff(
             self.before.splitlines(), self.after.splitlines(), "before", "after", lineterm="")
         return "\n".join(lines)
@@ -105,7 +129,7 @@ class Report:
         """JSON text with a schema version (see `attnopt.report.schema`), also written to `path`."""
         text = codec.encode(self._fields())
         if path is not None:
-            Path(path).write_text(text + "\n", "utf-8")
+            write_whole(path, text + "\n")
         return text
 
     @classmethod
@@ -117,9 +141,16 @@ class Report:
         """
         return cls._from_fields(codec.decode(text))
 
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one self-contained page: no scripts, no fonts, nothing loaded."""
-        Path(path).write_text(html.page(self), "utf-8")
+    def to_html(self, path: str | os.PathLike[str], *, redact: bool = False) -> None:
+        """Write one self-contained page: nothing is loaded; it can be searched and filtered.
+
+        redact: leave out what tells of the model's source: names of modules, parameters and files,
+            lines, reasons, notes and kernel texts. Shapes and numbers stay.
+
+        Raises:
+            OptionError: the path cannot be written; nothing is left behind then.
+        """
+        write_whole(path, page.page(redacted(self) if redact else self))
 
     # -- measuring ----------------------------------------------------------------------------
 
@@ -189,12 +220,13 @@ class Report:
             "sites": self.sites, "timings": self.timings, "calls": dict(self.calls),
             "notes": self.notes, "measurement": self.measurement,
             "before": self.before, "after": self.after,
+            "graphs": self.graphs, "kernels": self.kernels,
         }
 
     @classmethod
     def _from_fields(cls, fields: Mapping[str, Any]) -> Report:
         names = ("sites", "model_name", "timings", "before", "after", "notes", "calls", "versions",
-                 "measurement")
+                 "measurement", "graphs", "kernels")
         return cls(**{n: fields[n] for n in names if n in fields})
 
     def __getstate__(self) -> dict[str, Any]:

@@ -199,10 +199,15 @@ template <typename E, int N> struct Table {
   }
   template <typename R> R fetch(int32_t offset) const { return converted<R>(data[offset]); }
   template <typename R> typename Wide<R>::type fetch(vi offset) const {
-#if defined(__AVX512F__)
-    if constexpr (W == 16 && std::is_same<E, float>::value && std::is_same<R, float>::value)
-      return (vf)_mm512_i32gather_ps((__m512i)offset, data, 4);
+#if defined(AVX512)
+    if constexpr (std::is_same<E, float>::value && std::is_same<R, float>::value)
+      return gathered(data, offset);
 #endif
+    return apart<R>(data, offset);
+  }
+  // Lane by lane, which the compiler takes long for wherever it is put in place.
+  template <typename R>
+  static __attribute__((noinline)) typename Wide<R>::type apart(const E* data, vi offset) {
     typename Wide<R>::type y;
     for (int i = 0; i < W; i++) Operand<E>::template put<R>(y, i, converted<R>(data[offset[i]]));
     return y;

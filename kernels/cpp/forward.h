@@ -127,7 +127,7 @@ static void tile(const Call& call, const Entry& entry, Buffers& b, const int32_t
       // The maximum need not be exact: a lower one is good until a weight grows beyond e^SLACK.
       if (any(top > shift + SLACK)) {
         const float highest = maximum_of_lanes(top);
-        if (SOFTMAX && shift != -INF) rescale<PASS>(b, i, std::exp(shift - highest));
+        if (SOFTMAX && shift != -INF) rescale<PASS>(b, i, __builtin_expf(shift - highest));
         b.shift[i] = shift = highest;
       }
     }
@@ -187,12 +187,12 @@ static void add_sinks(const Call& call, const Entry& entry, Buffers& b) {
       if constexpr (SOFTMAX) {
         const float sink = SINK;
         if (sink > b.shift[i]) {
-          const float scale = std::exp(b.shift[i] - sink);
+          const float scale = __builtin_expf(b.shift[i] - sink);
           b.shift[i] = sink;
           if (TWO_PASSES) rescale<STATISTICS>(b, i, scale);
           else rescale<ONLINE>(b, i, scale);
         }
-        b.sum[i] += sink == -INF ? 0.0f : std::exp(sink - b.shift[i]);
+        b.sum[i] += sink == -INF ? 0.0f : __builtin_expf(sink - b.shift[i]);
       } else {
         b.sum[i] += NORMALIZE(vec((float)(SINK)))[0];
       }

@@ -6,39 +6,40 @@ INLINE vi load_int(const int32_t* p) { return *(const vi_in_memory*)p; }
 INLINE void store_int(int32_t* p, vi x) { *(vi_in_memory*)p = x; }
 
 INLINE int32_t least_of_lanes(vi x) {
-#if defined(__AVX512F__)
-  if constexpr (W == 16) return _mm512_reduce_min_epi32((__m512i)x);
-#endif
+#if defined(AVX512)
+  x = minimum(x, (vi)apart_8((vf)x));
+  x = minimum(x, (vi)apart_4((vf)x));
+  x = minimum(x, (vi)apart_2((vf)x));
+  return minimum(x[0], x[1]);
+#else
   int32_t y = x[0];
   for (int i = 1; i < W; i++) y = x[i] < y ? x[i] : y;
   return y;
+#endif
 }
 INLINE int32_t largest_of_lanes(vi x) { return -least_of_lanes(-x); }
 
 // Lane i is element place[i] of the 2W elements of two vectors.
 INLINE vf select(vf a, vf b, vi place) {
-#if defined(__AVX512F__)
-  if constexpr (W == 16)
-    return (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)place, (__m512)b);
-#elif defined(__AVX2__)
-  if constexpr (W == 8) {
-    const __m256 low = _mm256_permutevar8x32_ps((__m256)a, (__m256i)place);
-    const __m256 high = _mm256_permutevar8x32_ps((__m256)b, (__m256i)place);
-    return (vf)_mm256_blendv_ps(low, high, (__m256)(place << 28));
-  }
-#endif
+#if defined(AVX512)
+  return selected(a, b, place);
+#elif defined(AVX2)
+  return place < W ? permuted(a, place) : permuted(b, place);
+#else
   vf y;
   for (int i = 0; i < W; i++) y[i] = place[i] < W ? a[place[i] & (W - 1)] : b[place[i] & (W - 1)];
   return y;
+#endif
 }
 // Lane i is p[place[i]].
 INLINE vf gather(const float* p, vi place) {
-#if defined(__AVX512F__)
-  if constexpr (W == 16) return (vf)_mm512_i32gather_ps((__m512i)place, p, 4);
-#endif
+#if defined(AVX512)
+  return gathered(p, place);
+#else
   vf y;
   for (int i = 0; i < W; i++) y[i] = p[place[i]];
   return y;
+#endif
 }
 // An operand of queries and keys in lanes.
 template <typename R, typename E>
@@ -85,14 +86,15 @@ INLINE vf widened(const bf16* p) {
   return (vf)(__builtin_convertvector(bits, vu) << 16);
 }
 INLINE vf widened(const fp16* p) {
-#if defined(__AVX512F__)
-  if constexpr (W == 16) return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
-  if constexpr (W == 8) return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#endif
+#if defined(AVX512) || defined(AVX2) && defined(__F16C__)
+  vh bits;
+  memcpy(&bits, p, sizeof bits);
+  return widened_halves(bits);
+#else
   vf y;
   for (int i = 0; i < W; i++) y[i] = as_float(p[i]);
   return y;
+#endif
 }
 
 // Brings W token rows that will be read (or written) nearer to the core.
@@ -153,13 +155,12 @@ INLINE void narrowed(bf16* p, vf x) {  // as `assign` rounds
   memcpy(p, &y, sizeof y);
 }
 INLINE void narrowed(fp16* p, vf x) {
-#if defined(__AVX512F__)
-  if constexpr (W == 16) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0));
-    return;
-  }
-#endif
+#if defined(AVX512)
+  const vh y = narrowed_halves(x);
+  memcpy(p, &y, sizeof y);
+#else
   for (int i = 0; i < W; i++) assign(p + i, x[i]);
+#endif
 }
 
 // The reverse: rows of `count` tokens from channels that lie as vectors, `step` floats apart.

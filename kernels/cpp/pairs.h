@@ -25,27 +25,25 @@ INLINE float pair(bf16 low, bf16 high) {
 
 // sum + low(a) * low(b) + high(a) * high(b) in every lane.
 INLINE vf dot_pairs(vf sum, vf a, float b) {
-#if defined(__AVX512BF16__)
-  if constexpr (W == 16)
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_set1_ps(b));
-#endif
+#if defined(AVX512) && defined(__AVX512BF16__)
+  return plus_dots_of_pairs(sum, a, vec(b));
+#else
   const vi x = (vi)a, y = (vi)vec(b);
   const vi high = vec((int32_t)0xffff0000);
   return sum + (vf)(x << 16) * (vf)(y << 16) + (vf)(x & high) * (vf)(y & high);
+#endif
 }
 
 // The lanes of a vector as bf16, two by two.
 INLINE void store_pairs(float* p, vf x) {
-#if defined(__AVX512BF16__)
-  if constexpr (W == 16) {
-    const __m256bh y = _mm512_cvtneps_pbh((__m512)x);
-    memcpy(p, &y, 32);
-    return;
-  }
-#endif
+#if defined(AVX512) && defined(__AVX512BF16__)
+  const vh y = narrowed_bf16(x);
+  memcpy(p, &y, sizeof y);
+#else
   bf16 y[W];
   for (int i = 0; i < W; i++) assign(y + i, x[i]);
   memcpy(p, y, sizeof y);
+#endif
 }
 
 // Elements 2p and 2p + 1 of a row of `width`; 0 behind its end.

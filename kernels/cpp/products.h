@@ -130,15 +130,17 @@ static void pack_columns(const Matrix<E>& x, const E* from, int count, int width
 
 // `count` rows of x, of `width` elements, times a factor as rows of n; all else up to `total` is 0.
 template <typename E>
-static void pack_rows(const Matrix<E>& x, const E* from, int count, int total, int width, float* y,
-                      int n, float factor) {
+static __attribute__((noinline)) void pack_rows(const Matrix<E>& x, const E* from, int count,
+                                                int total, int width, float* y, int n,
+                                                float factor) {
   for (int j = 0; j < count; j++) {
     const E* row = from + j * x.row;
+    float* const to = y + j * n;
+    int e = 0;
     if (x.column == 1)
-      for (int e = 0; e < width; e++) y[j * n + e] = as_float(row[e]) * factor;
-    else
-      for (int e = 0; e < width; e++) y[j * n + e] = as_float(row[e * x.column]) * factor;
-    for (int e = width; e < n; e++) y[j * n + e] = 0;
+      for (; e + W <= width; e += W) store(to + e, widened(row + e) * factor);
+    for (; e < width; e++) to[e] = as_float(row[e * x.column]) * factor;
+    for (; e < n; e++) to[e] = 0;
   }
   if (count < total) memset(y + count * n, 0, 4 * (size_t)(total - count) * n);
 }
@@ -188,11 +190,12 @@ static void pack_pair_panels(const Matrix<E>& x, const E* from, int count, int t
 }
 
 // A row of an output tensor.
-template <typename E> INLINE void write_row(E* to, int64_t step, const float* from, int count) {
+template <typename E>
+static __attribute__((noinline)) void write_row(E* to, int64_t step, const float* from, int count) {
+  int e = 0;
   if (step == 1)
-    for (int e = 0; e < count; e++) assign(to + e, from[e]);
-  else
-    for (int e = 0; e < count; e++) assign(to + e * step, from[e]);
+    for (; e + W <= count; e += W) narrowed(to + e, load(from + e));
+  for (; e < count; e++) assign(to + e * step, from[e]);
 }
 
 // W channels of row `index` of v, from channel `first` on.

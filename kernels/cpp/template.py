@@ -1,9 +1,9 @@
 """Spec + tile -> the C++ source of one kernel.
 
-The source is `vectors.h`, `attention.h`, `products.h` and `forward.h` behind the constants of the
-Spec, with the statements of its expressions put in where a line says `//@name`. Lengths and strides
-are arguments; head dimensions, element types and the tile are constants, so that every loop of the
-inner products is unrolled.
+The source is `instructions.h` and `vectors.h`, the constants of the Spec, and `attention.h`,
+`products.h` and `forward.h`, with the statements of its expressions put in where a line says
+`//@name`. Lengths and strides are arguments; head dimensions, element types and the tile are
+constants, so that every loop of the inner products is unrolled.
 """
 
 from __future__ import annotations
@@ -116,9 +116,14 @@ def source(signature: Signature, tile: Tile, width: int) -> str:
     return Source(signature, tile, width).text()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _file(name: str) -> str:
     return importlib.resources.files("attnopt.kernels.cpp").joinpath(name).read_text("utf-8")
+
+
+def vectors(width: int) -> str:
+    """The text with which every kernel begins: vectors of `width` floats."""
+    return f"#define W {width}\n{_file('instructions.h')}\n{_file('vectors.h')}\n"
 
 
 class Source:
@@ -159,7 +164,7 @@ class Source:
             raise ValueError(f"every marker must have its statements, got none for {sorted(left)}")
         constants = "\n".join(self.constants())
         body = _MARKER.sub(lambda m: _indented(blocks[m[2]], m[1]), body)
-        return f"// {self.spec}\n#define W {self.width}\n{_file('vectors.h')}\n{constants}\n{body}"
+        return f"// {self.spec}\n{vectors(self.width)}{constants}\n{body}"
 
     def constants(self) -> list[str]:
         spec, parts, s, t = self.spec, self.parts, self.signature, self.tile
@@ -288,10 +293,10 @@ class Source:
 
     def statistics(self) -> list[str]:
         softmax = self.spec.normalizer == "softmax"
-        lse = ("b.shift[i] == -INF ? -INF : b.shift[i] + std::log(b.sum[i])" if softmax
-               else "std::log(b.sum[i])")
+        lse = ("b.shift[i] == -INF ? -INF : b.shift[i] + log_(b.sum[i])" if softmax
+               else "log_(b.sum[i])")
         names = {"max": "b.top[i]", "lse": lse,
-                 "sum": "std::exp(stat_lse)" if softmax else "b.sum[i]",
+                 "sum": "exp_(stat_lse)" if softmax else "b.sum[i]",
                  "total": "b.total[i] * (TWO_PASSES ? 1.0f : b.inverse[i])"}
         lines = [f"const float stat_{n} = {text};" for n, text in names.items()]
         lines.append("const int32_t stat_count = COUNTS ? b.count[i] : size_k;")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,24 @@ class Levels:
     sizes: Tensor
     strides: Tensor
     first: Tensor
+
+
+@dataclass(frozen=True)
+class Corner:
+    """One texel next to each location, along some axes: its number, its share of the sample (None
+    is 1), and whether it is inside of the grid (None is everywhere); (B, Q, H, T) or broadcast."""
+
+    place: Tensor
+    share: Tensor | None
+    inside: Tensor | None
+
+    def beside(self, other: Corner) -> Corner:
+        """Along the axes of both."""
+        share = self.share if other.share is None or self.share is None \
+            else self.share * other.share
+        inside = self.inside if other.inside is None or self.inside is None \
+            else self.inside & other.inside
+        return Corner(self.place + other.place, share, inside)
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,50 +105,45 @@ def compose(sampling: Sampling, value: Tensor, locations: Tensor, weights: Tenso
     queries, points = locations.shape[1], locations.shape[3]
     dtype, out = working_dtype(value, locations, weights, depth), result_dtype(value, weights)
     if 0 in (b, s, h, c, queries, points) or depth is not None and depth.shape[-1] == 0:
-        anything = sum((t.sum() * 0 for t in (value, locations, weights, depth)
+        anything = sum((t.nan_to_num(0, 0, 0).sum() * 0 for t in (value, locations, weights, depth)
                         if t is not None and t.requires_grad), start=value.new_zeros((), dtype=out))
         return anything.to(out).expand(b, queries, h, c).clone()
-    index = torch.int32 if b * s * h < 2**31 else torch.int64
+    elements = max(b * s * h, 0 if depth is None else depth.numel())
+    index = torch.int32 if elements < 2**31 else torch.int64
     made = _levels if type(value) in _PLAIN else _levels.__wrapped__  # no fake one is kept
     level = made(sampling, tuple(shapes), value.device, index)
     locations, weights = locations.to(dtype), weights.to(dtype)
     apart = careful or not bags
-    share = (torch.ones_like(weights) if apart else weights).unsqueeze(-1)
-    inside, lost = None, None
     # The row of a texel of a head: ((batch * S) + texel) * H + head.
-    batch = torch.arange(b, dtype=index, device=value.device).view(-1, 1, 1, 1, 1) * (s * h)
-    head = torch.arange(h, dtype=index, device=value.device).view(-1, 1, 1)
-    place = batch + level.first.unsqueeze(-1) * h + head
+    batch = torch.arange(b, dtype=index, device=value.device).view(-1, 1, 1, 1) * (s * h)
+    head = torch.arange(h, dtype=index, device=value.device).view(-1, 1)
+    corners = [Corner(batch + level.first * h + head, None if apart else weights, None)]
+    lost = None
     for axis in range(sampling.axes):
         x = _coordinate(sampling, locations[..., axis], level.sizes[:, axis])
-        texel, part, within = _neighbours(sampling, x, level.sizes[:, axis])
-        # Combinations of this axis with those before, the fastest axis last.
-        stepped = texel * (level.strides[:, axis, None] * h)
-        place = (stepped.unsqueeze(-1) + place.unsqueeze(-2)).flatten(-2)
-        share = (part.unsqueeze(-1) * share.unsqueeze(-2)).flatten(-2)
-        if careful:
-            inside = within if inside is None else (
-                within.unsqueeze(-1) & inside.unsqueeze(-2)).flatten(-2)
+        step = level.strides[:, axis] * h
+        near = [Corner(texel.place * step, texel.share, texel.inside)
+                for texel in _neighbours(sampling, x, level.sizes[:, axis])]
+        corners = [texel.beside(corner) for texel in near for corner in corners]
         lost = _lost(sampling, x, lost)
     if min(shapes) == 0:  # there are no places in an empty level
-        place = place.clamp(0, b * s * h - 1)
+        corners = [replace(c, place=c.place.clamp(0, b * s * h - 1)) for c in corners]
     if depth is not None:
-        deep = locations[..., -1]
-        z = _coordinate(sampling, deep, depth.shape[-1])
+        z = _coordinate(sampling, locations[..., -1], depth.shape[-1])
         lost = _lost(sampling, z, lost)
         layers = _neighbours(sampling, z, depth.shape[-1])
-        if inside is not None:
-            inside = inside & layers[2].any(-1, keepdim=True)
-        row = place if depth.shape[2] > 1 else torch.div(place, h, rounding_mode="trunc")
-        share = share * _depth_score(depth.to(dtype), layers, row, inside)
+        corners = [_at_depth(corner, layers, depth.to(dtype), h, careful) for corner in corners]
+    place, share = (torch.stack([t for t in found if t is not None], -2)
+                    for found in ([c.place for c in corners], [c.share for c in corners]))
     if lost is not None:
-        share = share.masked_fill(lost.unsqueeze(-1), torch.nan)
+        share = share.masked_fill(lost.unsqueeze(-2), torch.nan)
     rows = value.to(dtype).reshape(-1, c)
     if apart:
         found = rows[place.long()]
-        if inside is not None:
+        if careful:
+            inside = torch.stack([c.inside for c in corners if c.inside is not None], -2)
             found = torch.where(inside.unsqueeze(-1), found, 0.0)
-        samples = (found * share.unsqueeze(-1)).sum(-2)
+        samples = (found * share.unsqueeze(-1)).sum(-3)
         return (samples * weights.unsqueeze(-1)).sum(-2).to(out)
     bag, share = (t.reshape(b * queries * h, -1) for t in (place, share))
     total = F.embedding_bag(bag, rows, mode="sum", per_sample_weights=share)
@@ -145,10 +158,8 @@ def _coordinate(sampling: Sampling, at: Tensor, size: Tensor | int) -> Tensor:
     return unit * (size - 1) if sampling.align_corners else unit * size - 0.5
 
 
-def _neighbours(sampling: Sampling, x: Tensor, size: Tensor | int
-                ) -> tuple[Tensor, Tensor, Tensor]:
-    """The texels next to x along one axis: numbers within the grid, shares (0 outside), and whether
-    they are within; all (…, 1 or 2)."""
+def _neighbours(sampling: Sampling, x: Tensor, size: Tensor | int) -> list[Corner]:
+    """The one or two texels next to x along one axis, by their numbers within the grid."""
     last = size - 1
     index = size.dtype if isinstance(size, Tensor) else torch.int32
     if sampling.padding == "reflection":
@@ -160,19 +171,17 @@ def _neighbours(sampling: Sampling, x: Tensor, size: Tensor | int
     else:
         # Far outside nothing is; as whole numbers such places would overflow.
         x = _clamp(x.nan_to_num(-2.0), -2, size + 1)
+
+    def corner(texel: Tensor, part: Tensor) -> Corner:
+        near = _clamp(texel, 0, last)
+        within = near == texel
+        return Corner(near, torch.where(within, part, 0.0), within)
+
     if sampling.mode == "nearest":
-        texel = x.detach().round().to(index).unsqueeze(-1)
-        part = torch.ones_like(x).unsqueeze(-1)
-    else:
-        low = x.detach().floor()
-        texel = low.to(index).unsqueeze(-1)
-        texel = torch.cat((texel, texel + 1), -1)
-        part = x - low
-        part = torch.stack((1 - part, part), -1)
-    top = last.unsqueeze(-1) if isinstance(last, Tensor) else last
-    near = _clamp(texel, 0, top)
-    within = near == texel
-    return near, part * within, within
+        return [corner(x.detach().round().to(index), torch.ones_like(x))]
+    low = x.detach().floor()
+    texel, part = low.to(index), x - low
+    return [corner(texel, 1 - part), corner(texel + 1, part)]
 
 
 def _reflected(sampling: Sampling, x: Tensor, size: Tensor | int) -> Tensor:
@@ -199,19 +208,24 @@ def _lost(sampling: Sampling, x: Tensor, before: Tensor | None) -> Tensor | None
     return own if before is None else own | before
 
 
-def _depth_score(depth: Tensor, layers: tuple[Tensor, Tensor, Tensor], row: Tensor,
-                 inside: Tensor | None) -> Tensor:
-    """The depth of each corner's texel, between the depths next to a location: (…, corners)."""
-    count = depth.shape[-1]
-    layer, part, within = layers
-    row = row.long()
-    flat = depth.reshape(-1)
-    total: Tensor | None = None
-    for i in range(layer.shape[-1]):
-        found = flat[row * count + layer[..., i, None]]
-        if inside is not None:
-            found = torch.where(within[..., i, None] & inside, found, 0.0)
-        term = found * part[..., i, None]
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+def _at_depth(corner: Corner, layers: Sequence[Corner], depth: Tensor, heads: int, careful: bool
+              ) -> Corner:
+    """The corner, its share times the depth of its texel between the layers next to a location."""
+    row = corner.place if depth.shape[2] > 1 else torch.div(
+        corner.place, heads, rounding_mode="trunc")
+    flat, row = depth.reshape(-1), row * depth.shape[-1]
+    inside, any_layer = corner.inside, layers[0].inside
+    assert inside is not None and any_layer is not None
+    score: Tensor | None = None
+    for layer in layers:
+        at = row + layer.place
+        found = flat.index_select(0, at.flatten()).view(at.shape)
+        assert layer.share is not None and layer.inside is not None
+        if careful:
+            found = torch.where(layer.inside & inside, found, 0.0)
+        any_layer = any_layer | layer.inside
+        term = found * layer.share
+        score = term if score is None else score + term
+    assert score is not None
+    share = score if corner.share is None else corner.share * score
+    return Corner(corner.place, share, inside & any_layer)

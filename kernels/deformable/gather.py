@@ -18,7 +18,7 @@ from torch import Tensor
 from attnopt.errors import AttnOptError
 from attnopt.kernels.cpp.attention import warn_once
 from attnopt.kernels.cpp.isa import Isa, isa
-from attnopt.kernels.cpp.template import _file
+from attnopt.kernels.cpp.template import vectors
 from attnopt.kernels.cpp.toolchain import compile_all, load, toolchain
 from attnopt.kernels.deformable.corners import result_dtype, working_dtype
 from attnopt.kernels.deformable.sampling import MODES, PADDINGS, RANGES, Sampling
@@ -170,6 +170,5 @@ def source(name: str, sampling: Sampling, dtype: torch.dtype, channels: int, dep
     constants += [f"constexpr bool {key} = {str(value).lower()};" for key, value in flags.items()]
     parts = [Path(__file__).with_name(f"{part}.h").read_text("utf-8") for part in ("points", name)]
     return "\n".join([
-        f"#define W {width}", f"#define LANES {lanes}", f"#define DOUBLE {int(wide)}",
-        _file("vectors.h"), *constants, f"typedef {ELEMENTS[dtype]} T;",
-        f"typedef {'double' if wide else 'float'} A;", *parts])
+        f"#define LANES {lanes}", f"#define DOUBLE {int(wide)}", vectors(width), *constants,
+        f"typedef {ELEMENTS[dtype]} T;", f"typedef {'double' if wide else 'float'} A;", *parts])

@@ -77,13 +77,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    value, locations, weights, depth, shapes, starts = ctx.saved_tensors
-    tensors = value, locations, weights, depth
+    *tensors, shapes, starts = ctx.saved_tensors
     wanted = [i for i, need in enumerate(ctx.needs_input_grad[:4]) if need]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        out = _forward(value, locations, weights, depth, shapes, starts, ctx.sampling)
-        parts = torch.autograd.grad(out, [tensors[i] for i in wanted], grad, allow_unused=True,
+        own = [None if t is None else t.view_as(t) for t in tensors]  # one may be in two roles
+        out = _forward(*own, shapes, starts, ctx.sampling)  # type: ignore[arg-type]
+        parts = torch.autograd.grad(out, [own[i] for i in wanted], grad, allow_unused=True,
                                     create_graph=again)
     found: list[Tensor | None] = [None] * 7
     for i, part in zip(wanted, parts, strict=True):

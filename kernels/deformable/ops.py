@@ -49,14 +49,15 @@ def _forward(value: Tensor, locations: Tensor, weights: Tensor, depth: Tensor | 
     what = Sampling.parse(sampling)
     what.check(value, locations, weights, depth, shapes)
     b, queries, h = locations.shape[:3]
-    out = torch.empty(b, queries, h, value.shape[-1], dtype=result_dtype(value, weights),
-                      device=value.device)
+    sizes, dtype = (b, queries, h, value.shape[-1]), result_dtype(value, weights)
+    if 0 not in sizes and schedule != "aten":
+        for way in (triton_gather.gather, gather):
+            generated = way(what, value, locations, weights, depth, shapes)
+            if generated is not None:
+                return generated
+    out = torch.empty(sizes, dtype=dtype, device=value.device)
     if out.numel() == 0:
         return out
-    for way in () if schedule == "aten" else (triton_gather.gather, gather):
-        generated = way(what, value, locations, weights, depth, shapes)
-        if generated is not None:
-            return generated
     with torch.no_grad():
         for start, stop in _blocks(what, locations, CORNERS):
             part = locations[:, start:stop], weights[:, start:stop]
@@ -112,12 +113,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _whole(ctx: Any, tensors: Sequence[Tensor | None], wanted: Sequence[int], grad: Tensor
            ) -> dict[int, Tensor | None]:
     """Gradients that have gradients, or are being traced."""
-    value, locations, weights, depth = tensors
-    assert value is not None and locations is not None and weights is not None
     with torch.enable_grad():
+        own = [None if t is None else t.view_as(t) for t in tensors]  # one may be in two roles
+        value, locations, weights, depth = own
+        assert value is not None and locations is not None and weights is not None
         out = compose(ctx.sampling, value, locations, weights, depth, ctx.shapes, careful=True,
                       bags=False)
-    given = [t for i in wanted if (t := tensors[i]) is not None]
+    given = [t for i in wanted if (t := own[i]) is not None]
     found = torch.autograd.grad(out, given, grad, create_graph=True, allow_unused=True)
     return dict(zip(wanted, found, strict=True))
 

@@ -40,10 +40,11 @@ INLINE va wide(const bf16* p) {
   return (va)(__builtin_convertvector(bits, whole) << 16);
 }
 INLINE va wide(const fp16* p) {
-#if LANES == 16 && defined(__AVX512F__)
-  return (va)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif LANES == 8 && defined(__F16C__)
-  return (va)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#if LANES == 16 && defined(AVX512) || LANES == 8 && defined(__F16C__)
+  typedef uint16_t half __attribute__((vector_size(2 * LANES)));
+  half bits;
+  memcpy(&bits, p, sizeof bits);
+  return (va)widened_halves(bits);
 #else
   va y;
   for (int i = 0; i < LANES; i++) y[i] = number(p[i]);
@@ -99,8 +100,10 @@ template <A (*f)(A)> INLINE ga each(ga x) {
   for (int i = 0; i < GROUP; i++) y[i] = f(x[i]);
   return y;
 }
-INLINE A floor_of(A x) { return std::floor(x); }
-INLINE A nearest_of(A x) { return std::nearbyint(x); }
+INLINE A floor_of(A x) { return DOUBLE ? (A)__builtin_floor(x) : (A)__builtin_floorf(x); }
+INLINE A nearest_of(A x) {
+  return DOUBLE ? (A)__builtin_nearbyint(x) : (A)__builtin_nearbyintf(x);
+}
 
 template <bool SLOPES>
 INLINE void list_axis(const Call& c, ga x, int64_t from, int a, gi& exists, gi& texel, gi& lost,

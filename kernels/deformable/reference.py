@@ -82,7 +82,7 @@ def _texels(sampling: Sampling, at: Tensor, size: int) -> list[tuple[Tensor, Ten
         # To and fro between the centres of the outermost texels, or their edges.
         first = 0.0 if sampling.align_corners else -0.5
         length = size - 1 if sampling.align_corners else size
-        x = (x - first).abs() % (2 * length) if length > 0 else x * torch.nan
+        x = (x - first).abs() % (2 * length) if length > 0 else torch.full_like(x, torch.nan)
         x = torch.where(x > length, 2 * length - x, x) + first
     if sampling.padding != "zeros":
         inside = (x > 0) & (x < size - 1)  # at the ends no gradient, as F.grid_sample has it

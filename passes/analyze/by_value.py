@@ -66,7 +66,7 @@ class Values:
             return frozenset()  # a length, which is bound by name
         if node.op != "call_function" or not _deterministic(node.target):
             return None
-        parts = [self._sources[a] for a in node.all_input_nodes]
+        parts = [self._sources[a] for a in _read_by(node)]
         return None if None in parts else frozenset().union(*parts)  # type: ignore[arg-type]
 
     def read(self, name: str) -> Tensor | None:
@@ -117,9 +117,12 @@ class Values:
             if value is None:
                 raise LookupError(f"the value of {node.name} is not at hand")
             return value
+        number = _filled(node)
+        if number is not None:
+            return torch.full([_number(n, symbols) for n in val.shape], number, dtype=val.dtype,
+                              device=val.device)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: done[n])
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
 
     def _goes_by_rows(self, node: fx.Node, symbols: Mapping[sympy.Symbol, int] | None) -> bool:
         """Is it a large mask, made of what is larger than may be?"""
@@ -170,7 +173,23 @@ def cone(node: fx.Node, known: Mapping[fx.Node, Any]) -> Iterator[fx.Node]:
         seen.add(n)
         stack.append((n, True))
         if not isinstance(n.meta.get("val"), torch.SymInt):
-            stack.extend((a, False) for a in n.all_input_nodes)
+            stack.extend((a, False) for a in _read_by(n))
+
+
+def _filled(node: fx.Node) -> bool | int | float | None:
+    """The number of all elements of a tensor that is made in the likeness of another one."""
+    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    fills: dict[str, Any] = {"aten::new_ones": 1, "aten::ones_like": 1, "aten::new_zeros": 0,
+                             "aten::zeros_like": 0}
+    fill = {"aten::full_like": 1, "aten::new_full": 2}.get(name)
+    number = fills.get(name) if fill is None or len(node.args) <= fill else node.args[fill]
+    return number if isinstance(number, bool | int | float) else None
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose values matter."""
+    used = node.all_input_nodes
+    return used if _filled(node) is None else [a for a in used if a is not node.args[0]]
 
 
 # -- index functions of tables --------------------------------------------------------------------

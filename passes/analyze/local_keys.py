@@ -31,6 +31,7 @@ from attnopt.ir.mask import ALL, Mask
 from attnopt.ir.spec import Operand, leading_axes
 from attnopt.passes.analyze import structure
 from attnopt.passes.analyze.local_bases import Base, Space, pulled
+from attnopt.passes.analyze.local_interior import between, gated
 from attnopt.passes.analyze.local_loads import Loads
 from attnopt.passes.analyze.local_logits import Cells, Operands, classify
 from attnopt.passes.analyze.local_norms import NORM, as_distance
@@ -191,7 +192,7 @@ class _Attempt:
     # -- the reading ----------------------------------------------------------------------------
     def run(self) -> Local:
         spec = self.canonical.spec
-        if spec.normalizer != "softmax" or spec.mask is not ALL or spec.weights is not E.weight \
+        if spec.normalizer != "softmax" or spec.mask is not ALL or not gated(spec.weights) \
                 or spec.renormalize or spec.dropout or spec.mix_logits or spec.mix_weights \
                 or spec.sinks is not None:
             raise Decline("a local attention whose weights are more than a plain softmax")
@@ -386,6 +387,8 @@ class _Attempt:
             value=Placed(values[0], settle(values[1]),
                          (*lead, keys, self.canonical.value.target[-1])),
             operands=operands, result=(*lead, rows, self.canonical.result[-1]), saved=(),
-            computed=self.canonical.computed | self.mover.passed | cells.passed | self._stripped(),
+            computed=(self.canonical.computed | self.mover.passed | cells.passed | self._stripped()
+                      | between(self.program, site.end, {
+                          query.node, key[0], values[0], *(p.node for p in operands.values())})),
             copies=(math.prod(a.size for a in self.own), math.prod(a.size for a in self.keys)))
         return Local(canonical, cells.guards, found.describe())

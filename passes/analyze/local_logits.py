@@ -25,11 +25,12 @@ from attnopt.ir.expr import Expr
 from attnopt.passes.analyze.by_value import Values
 from attnopt.passes.analyze.local_bases import Base, Space
 from attnopt.passes.analyze.local_norms import NORM, is_key_norm
-from attnopt.passes.analyze.movement import Index, Mover, aligned
+from attnopt.passes.analyze.movement import Index, Mover, Piece, agreed, aligned
 from attnopt.passes.analyze.structure import LOW
 from attnopt.passes.canonical import Tensor as Placed
 from attnopt.passes.normalize import is_tensor, op_name
 from attnopt.passes.recognize.axes import Axis, axes_of, settle
+from attnopt.passes.recognize.contraction import contraction
 from attnopt.passes.recognize.pointwise import POINTWISE, apply, is_cast
 from attnopt.rules import Decline
 
@@ -113,6 +114,8 @@ class Operands:
                 number = bool(p.value) if kind == E.BOOL else (
                     int(p.value) if kind == E.INT else p.value)
                 found.append(Case(p.where, E.const(number)))
+            elif (other := self._times_ones(p)) is not None:
+                found += self.read(*other, p.where)
             elif self._joins(p.node):
                 found += self._pointwise(p.node, p.index, p.where)
             elif is_key_norm(self.mover, p.node, p.index, self.inner, self.key.pieces):
@@ -120,8 +123,26 @@ class Operands:
                 found += [Case(p.where & self.key.where, NORM),
                           Case(p.where & ~self.key.where, E.const(float(padding)))]
             else:
-                found.append(Case(p.where, self.leaf(p.node, p.index)))
+                own = tuple(agreed(x, p.where) for x in p.index)
+                found.append(Case(p.where, self.leaf(p.node, own)))
         return found
+
+    def _times_ones(self, p: Piece) -> tuple[fx.Node, Index] | None:
+        """What a product with ones over an axis of length one copies (the mask of Longformer)."""
+        read = contraction(p.node) if p.node is not None else None
+        if read is None or read.addend is not None or read.alpha != 1 or any(
+                a.size != 1 for a in read.contracted):
+            return None
+        place = {dim[0]: x for dim, x in zip(read.out_layout, p.index, strict=True) if dim}
+        none = torch.zeros([1] * len(self.space.axes), dtype=torch.int64)
+        left, right = ((node, tuple(place.get(dim[0], none) if dim else none for dim in layout))
+                       for node, layout in ((read.left, read.left_layout),
+                                            (read.right, read.right_layout)))
+        for ones, other in ((left, right), (right, left)):
+            if all(x.node is None and x.value == 1 for x in self.mover.pull(*ones, p.where)):
+                self.passed.add(read.node)
+                return other
+        return None
 
     def _split(self, node: fx.Node, index: Index, where: Tensor) -> list[Case] | None:
         """A table of few values, by value."""

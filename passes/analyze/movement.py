@@ -54,6 +54,20 @@ def squeezed(x: Tensor) -> Tensor:
     return x
 
 
+def agreed(x: Tensor, where: Tensor) -> Tensor:
+    """`x` without the axes along which it is the same wherever `where`; elsewhere it is anything.
+    """
+    for dim in range(x.dim()):
+        if x.shape[dim] == 1:
+            continue
+        size = torch.broadcast_shapes(x.shape, where.shape)
+        full, shown = checked(x.expand(size)), where.expand(size)
+        first = torch.take_along_dim(full, shown.int().argmax(dim, keepdim=True), dim)
+        if bool(((full == first) | ~shown).all()):
+            x, where = squeezed(first), shown.any(dim, keepdim=True)
+    return x
+
+
 def merged(pieces: Sequence[Piece]) -> list[Piece]:
     """One piece for each tensor and each constant."""
     found: dict[Any, Piece] = {}

@@ -134,18 +134,23 @@ def _roll(node: fx.Node, a: Bound, index: Index) -> Index:
     return tuple(found)
 
 
-def _as_strided(node: fx.Node, a: Bound, index: Index) -> Index:
+def _as_strided(m: Mover, node: fx.Node, a: Bound, index: Index, where: Tensor) -> list[Piece]:
     source = a.self.meta["val"]
     shape = [number(n) for n in source.shape]
-    if not source.is_contiguous():
-        raise Unmoved("strides into a tensor that is not contiguous")
+    steps = [number(n) for n in source.stride()]
+    held = sorted((i for i, n in enumerate(shape) if n != 1), key=lambda i: -steps[i])
+    if [steps[i] for i in held] != [math.prod(shape[j] for j in held[at + 1:])
+                                    for at, i in enumerate(held)]:
+        raise Unmoved("strides into a tensor that is not dense")
     offset = a.values.get("storage_offset")
     flat = zero(index) + (0 if offset is None else number(offset) - int(source.storage_offset()))
     for i, stride in zip(index, a.stride, strict=True):
         flat = checked(flat + i * number(stride))
-    if bool((flat < 0).any() | (flat >= math.prod(shape)).any()):
+    if bool((((flat < 0) | (flat >= math.prod(shape))) & where).any()):
         raise Unmoved("strides beyond the tensor")
-    return reshaped((flat,), [math.prod(shape)], shape)
+    places = tuple(squeezed(flat // step % n) if n != 1 else zero(index)
+                   for n, step in zip(shape, steps, strict=True))
+    return m.pull(a.self, places, where)
 
 
 def _getitem(m: Mover, node: fx.Node, a: Bound, index: Index, where: Tensor) -> list[Piece]:
@@ -179,5 +184,5 @@ VIEWS: dict[str, Rule] = {
     "permute": _plain(_permute), "repeat_interleave": _plain(_repeat_interleave),
     "slice": _plain(_slice), "narrow": _plain(_narrow), "select": _plain(_select),
     "unfold": _plain(_unfold), "diagonal": _plain(_diagonal), "flip": _plain(_flip),
-    "roll": _plain(_roll), "as_strided": _plain(_as_strided), "getitem": _getitem,
+    "roll": _plain(_roll), "as_strided": _as_strided, "getitem": _getitem,
 }

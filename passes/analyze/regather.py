@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -49,12 +49,15 @@ aten = torch.ops.aten
 NO_KEY = 1.0
 
 
-def regathered(program: Program) -> Program:
-    """The program with moved scores and weights put back; its view is changed in place."""
+def regathered(program: Program, others: Container[fx.Node] = ()) -> Program:
+    """The program with moved scores and weights put back; its view is changed in place.
+
+    others: softmaxes that are of no attention
+    """
     changed = False
     for node in program.nodes:
         if node in program.live and node.op == "call_function" and op_name(node) in SOFTMAX \
-                and "log" not in op_name(node):
+                and "log" not in op_name(node) and node not in others:
             try:
                 changed = _put_back(program, node) or changed
             except (Decline, LookupError) as no:

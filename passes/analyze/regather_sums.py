@@ -35,22 +35,45 @@ aten = torch.ops.aten
 def summed(program: Program, mover: Mover, softmax: fx.Node) -> Sum | None:
     """The result of the attention around `softmax`; None where its weights meet the values by
     layout operations and one contraction alone."""
-    moved, products, plain = _products(program, softmax)
+    dim = softmax.args[1] % softmax.meta["val"].dim()  # type: ignore[operator]
+    weights = _used_weights(program, softmax, dim)
+    moved, products, plain = _products(program, weights)
     if not products:
         raise Decline("the weights meet no values", softmax)
     if plain and len(products) == 1:
         return None
     end = _end(program, products)
-    return Sum(program, mover, softmax, end, _terms(program, end, products), moved).read()
+    return Sum(program, mover, weights, dim, end, _terms(program, end, products), moved).read()
 
 
-def _products(program: Program, softmax: fx.Node) -> tuple[set[fx.Node], list[fx.Node], bool]:
+def _used_weights(program: Program, softmax: fx.Node, dim: int) -> fx.Node:
+    """The weights of `softmax` after conversions, dropout that is off and whole rows set to 0."""
+    node = softmax
+    while True:
+        users = program.users(node)
+        name = op_name(users[0]) if len(users) == 1 and users[0].op == "call_function" else ""
+        if not name or users[0].args[0] is not node or shape_of(users[0]) != shape_of(node):
+            return node
+        user = users[0]
+        if name == "dropout" and user.args[2] is False or is_cast(user):
+            node = user
+            continue
+        if name != "masked_fill" or user.args[2] != 0 or not is_tensor(user.args[1]):
+            return node
+        rows = shape_of(user.args[1])
+        place = dim - (len(shape_of(node)) - len(rows))
+        if 0 <= place and rows[place] != 1:
+            return node
+        node = user
+
+
+def _products(program: Program, weights: fx.Node) -> tuple[set[fx.Node], list[fx.Node], bool]:
     """What the weights are moved to, what they are multiplied with, and whether they are but laid
     out otherwise in between."""
     from attnopt.passes.analyze.movement_rules import RULES
 
-    moved, products, plain = {softmax}, dict[fx.Node, None](), True
-    stack = [softmax]
+    moved, products, plain = {weights}, dict[fx.Node, None](), True
+    stack = [weights]
     while stack:
         for user in program.users(stack.pop()):
             name = op_name(user) if user.op == "call_function" else ""
@@ -118,14 +141,13 @@ class _Pairs:
 class Sum:
     """A result, as one contraction of the weights with gathered values."""
 
-    def __init__(self, program: Program, mover: Mover, softmax: fx.Node, end: fx.Node,
+    def __init__(self, program: Program, mover: Mover, weights: fx.Node, dim: int, end: fx.Node,
                  terms: list[fx.Node], moved: set[fx.Node]) -> None:
-        self.program, self.mover, self.softmax = program, mover, softmax
+        self.program, self.mover, self.weights, self.dim = program, mover, weights, dim
         self.end, self.terms, self.moved = end, terms, moved
         self.shape = tuple(shape_of(end))
         self.own = [Axis(n) for n in self.shape]
-        self.dim = softmax.args[1] % softmax.meta["val"].dim()  # type: ignore[operator]
-        self.places = shape_of(softmax)[self.dim]
+        self.places = shape_of(weights)[dim]
 
     def read(self) -> Sum:
         pairs = [self._pairs(t) for t in self.terms]
@@ -138,7 +160,7 @@ class Sum:
         def joined(of: Any) -> Tensor:
             return _joined([of(p) for p in pairs], [p.count for p in pairs])
 
-        self.rank = len(shape_of(self.softmax))
+        self.rank = len(shape_of(self.weights))
         index = [joined(lambda p, d=d: p.weights.index[d]) for d in range(self.rank)]
         where = joined(lambda p: p.weights.where)
         self._lay_out(index, where)
@@ -175,7 +197,7 @@ class Sum:
         w, v = sides[0], 1 - sides[0]
         indices = [tuple(space.along(dim) for dim in layout) for layout in layouts]
         found = self.mover.pull(nodes[w], indices[w])
-        weights = [p for p in found if p.node is self.softmax]
+        weights = [p for p in found if p.node is self.weights]
         if len(weights) != 1 or any(p.node is not None or p.value != 0 for p in found
                                     if p is not weights[0]):
             raise Decline("weights that are moved with something else", product)
@@ -192,7 +214,7 @@ class Sum:
         parts: dict[Axis, list[tuple[int, int, int, int]]] = {a: [] for a in self.own}
         split: list[list[tuple[int, Axis, int]]] = [[] for _ in index]
         for d, x in enumerate(index):
-            if d == self.dim or shape_of(self.softmax)[d] == 1:
+            if d == self.dim or shape_of(self.weights)[d] == 1:
                 continue
             row = x
             if x.shape[-1] > 1:
@@ -218,7 +240,7 @@ class Sum:
                 raise Decline("weights that are laid out in no order", self.end)
         self.split: list[int] = []
         names: list[tuple[Axis, int] | None] = []
-        for d, n in enumerate(shape_of(self.softmax)):
+        for d, n in enumerate(shape_of(self.weights)):
             own = sorted(split[d], key=lambda s: -s[0])
             counts = [next(c for m, c, e, _ in parts[a] if (m, e) == (first, d))
                       for _, a, first in own]
@@ -278,8 +300,8 @@ class Sum:
 
     def try_out(self) -> None:
         tried(self.gathered, self.end)
-        known = random_values(self.softmax, self.value)
-        weights = known[self.softmax].reshape(self.split).permute(self.order).reshape(self.merged)
+        known = random_values(self.weights, self.value)
+        weights = known[self.weights].reshape(self.split).permute(self.order).reshape(self.merged)
         mine = torch.einsum(self.equation(), weights, self.gathered(known[self.value]))
         author = oracle.run(self.end, known, precise=True)
         torch.testing.assert_close(mine, author)
@@ -289,15 +311,15 @@ class Sum:
         with view.graph.inserting_before(self.end):
             values = emit(view, self.gathered, (self.value,), self.value, self.gathered.shape,
                           self.value)
-            weights = self.softmax
+            weights = self.weights
             permuted = [self.split[i] for i in self.order]
             for target, to, shape in ((aten.reshape.default, self.split, self.split),
                                       (aten.permute.default, self.order, permuted),
                                       (aten.reshape.default, self.merged, self.merged)):
                 if to != (list(range(len(self.split))) if target is aten.permute.default
                           else shape_of(weights)):
-                    weights = emit(view, target, (weights, list(to)), self.softmax, shape,
-                                   self.softmax)
+                    weights = emit(view, target, (weights, list(to)), self.weights, shape,
+                                   self.weights)
             made = emit(view, aten.einsum.default, (self.equation(), [weights, values]), self.end,
                         self.shape, self.end)
         self.end.replace_all_uses_with(made)

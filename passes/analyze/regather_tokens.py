@@ -85,9 +85,15 @@ def tried(made: Gathered, node: fx.Node) -> None:
 
 
 def random_values(*nodes: fx.Node) -> dict[fx.Node, Any]:
+    """Random numbers, in memory as the values of the nodes are, which `as_strided` relies on."""
     generator = torch.Generator().manual_seed(0)
-    return {n: torch.randn(shape_of(n), generator=generator, dtype=torch.float64)
-            for n in dict.fromkeys(nodes)}
+    found: dict[fx.Node, Any] = {}
+    for n in dict.fromkeys(nodes):
+        shape, steps = shape_of(n), n.meta["val"].stride()
+        found[n] = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if all(step or size == 1 for step, size in zip(steps, shape, strict=True)):
+            found[n] = torch.empty_strided(shape, steps, dtype=torch.float64).copy_(found[n])
+    return found
 
 
 def emit(view: Any, target: Any, args: tuple[Any, ...], like: fx.Node, shape: Sequence[int],

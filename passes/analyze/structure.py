@@ -25,6 +25,8 @@ from attnopt.rules import Decline
 
 #: A finite fill this low underflows to a weight of zero beside any kept key.
 LOW = -1e8
+#: factor of logits under which a low fill is still low
+_SMALLEST = 1e-3
 
 
 @dataclass
@@ -68,28 +70,30 @@ def analyze(analysis: Analysis, canonical: Canonical) -> tuple[Canonical, Facts]
     return replace(canonical, spec=spec, operands=operands), facts
 
 
-def _peel(analysis: Analysis, canonical: Canonical, e: Expr, facts: Facts) -> Expr:
-    """`e` without the outer terms and selections that turn out to be structure."""
+def _peel(analysis: Analysis, canonical: Canonical, e: Expr, facts: Facts, scale: float = 1.0
+          ) -> Expr:
+    """`e` without the outer terms and selections that turn out to be structure; the logits are
+    `scale` times `e`, and a fill must be low in them."""
     if e.op == "add":
         a, b = e.args
         for term, rest in ((b, a), (a, b)):
             if _is_operand(term) and not _is_operand(rest):
                 found = _find(analysis, canonical, term.value, "additive", facts)
-                rest = _peel(analysis, canonical, rest, facts)
+                rest = _peel(analysis, canonical, rest, facts, scale)
                 if found is not None and _usable(analysis, canonical, facts, found, term.value,
                                                  found.fill, selections=0):
                     _take(found, term.value, facts)
                     return rest
                 return E.call("add", rest, term)
-        return E.call("add", *(x if _is_operand(x) else _peel(analysis, canonical, x, facts)
-                               for x in (a, b)))
+        return E.call("add", *(
+            x if _is_operand(x) else _peel(analysis, canonical, x, facts, scale) for x in (a, b)))
     if e.op == "where":
         condition, yes, no = e.args
         keeps = no.op == "const" and no.value <= LOW
         drops = yes.op == "const" and yes.value <= LOW
         if keeps or drops:
             kept, fill = (yes, no.value) if keeps else (no, yes.value)
-            inner = _peel(analysis, canonical, kept, facts)
+            inner = _peel(analysis, canonical, kept, facts, scale)
             if _is_operand(condition) or (condition.op == "not" and _is_operand(
                     condition.args[0])):
                 slot = (condition if _is_operand(condition) else condition.args[0]).value
@@ -100,10 +104,10 @@ def _peel(analysis: Analysis, canonical: Canonical, e: Expr, facts: Facts) -> Ex
                     _take(found, slot, facts)
                     return inner
             return E.where(condition, inner, no) if keeps else E.where(condition, yes, inner)
-    if e.op == "mul" and e.args[1].op == "const" and e.args[1].value >= 1e-3:
-        return E.call("mul", _peel(analysis, canonical, e.args[0], facts), e.args[1])
-    if e.op == "div" and e.args[1].op == "const" and 0 < e.args[1].value <= 1e3:
-        return E.call("div", _peel(analysis, canonical, e.args[0], facts), e.args[1])
+    if e.op in ("mul", "div") and e.args[1].op == "const" and e.args[1].value > 0:
+        scale = scale * e.args[1].value if e.op == "mul" else scale / e.args[1].value
+        if scale >= _SMALLEST:
+            return E.call(e.op, _peel(analysis, canonical, e.args[0], facts, scale), e.args[1])
     return e
 
 

@@ -1,7 +1,8 @@
 """Weighted sums of samples as one call of `attnopt::deformable_attention`, forward and backward.
 
 The author's composition writes every sample (B, H, C, Q, levels * points) before it sums; the op
-holds the result alone.
+holds the result alone. A call has a fixed price, which few points do not earn: where the cost model
+knows a site, it says whether the call pays, as for attention (`attnopt.passes.rules.generated`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 
 from attnopt import kernels
 from attnopt.cost.devices import Cpu
-from attnopt.cost.sampling import LOWERINGS, Samples, speedup
+from attnopt.cost.sampling import LOWERINGS, Samples, seconds
 from attnopt.kernels.deformable import Sampling
+from attnopt.passes.rules import cost
 from attnopt.rules import Decline, Rule
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -36,6 +38,7 @@ class SamplingRegion:
     training: bool
     lowering: str
     lowerings: tuple[str, ...] = ("aten", "cpp", "triton")
+    prefer: str = "speed"
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,19 @@ class Deformable(Rule):
             raise Decline(f"backend leaves out {region.lowering} and aten")
         if sum(region.sampling.points) == 0:
             raise Decline("no points: nothing is sampled")
-        return SamplingMatch(region.sampling, lowering, predicted(region, lowering))
+        times = predicted(region, lowering)
+        if times is None:
+            return SamplingMatch(region.sampling, lowering)
+        verdict = kernels.worth(*times)
+        if not verdict.pays and not cost.TAKE_ALL and region.prefer != "memory":
+            raise Decline(verdict.text)
+        return SamplingMatch(region.sampling, lowering, verdict.speedup)
 
 
-def predicted(region: SamplingRegion, lowering: str) -> float | None:
-    """The speedup over a composition of F.grid_sample; None where the cost model knows nothing of
-    the site: off the CPU, in training, of other samples than linear ones of two axes (with a depth
-    there is one dtype more), in other dtypes, or of lengths that are not known."""
+def predicted(region: SamplingRegion, lowering: str) -> tuple[float, float] | None:
+    """Seconds of a composition of F.grid_sample and of the op; None where the cost model knows
+    nothing of the site: off the CPU, in training, of other samples than linear ones of two axes
+    (with a depth there is one dtype more), in other dtypes, or of lengths that are not known."""
     known = (region.device == "cpu" and not region.training and region.sampling.axes == 2
              and region.sampling.mode == "linear" and region.dtypes == (torch.float32,) * 3)
     sizes = [n for n in region.lengths if isinstance(n, int)]
@@ -78,4 +87,4 @@ def predicted(region: SamplingRegion, lowering: str) -> float | None:
     assert isinstance(cpu, Cpu)
     batch, texels, heads, channels, queries, points = sizes
     samples = Samples(batch, texels, heads, channels, queries, points, region.sampling.levels)
-    return speedup(cpu, samples, lowering)
+    return seconds(cpu, samples, "plain"), seconds(cpu, samples, lowering)

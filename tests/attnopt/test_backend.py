@@ -12,6 +12,9 @@ from torch import nn
 
 from attnopt.backend import attnopt_backend
 from attnopt.errors import OptionError, StrictError
+from attnopt.kernels.cpp.attention import Attention as Attention_
+from attnopt.kernels.cpp.toolchain import toolchain
+from attnopt.kernels.cpp.training import Training
 from tests.attnopt.small_models import Attention, same
 
 X = torch.linspace(-2, 2, 2 * 6 * 8).reshape(2, 6, 8)
@@ -172,3 +175,99 @@ def test_an_entry_point_names_it():
     model = Windowed().eval()
     with torch.no_grad():
         same(torch.compile(model, backend="attnopt", options={"then": "eager"})(X), model(X))
+
+
+# -- generated kernels under a compiler --------------------------------------------------------
+class Biased(nn.Module):
+    """A learned table of relative positions: an operand that has a gradient."""
+
+    def __init__(self, n=24, heads=2):
+        super().__init__()
+        self.heads, self.qkv = heads, nn.Linear(16, 48)
+        self.table = nn.Parameter(torch.randn(heads, 2 * n - 1))
+        self.register_buffer("index", torch.arange(n)[:, None] - torch.arange(n) + n - 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT) / 8 ** 0.5 + self.table[:, self.index]).softmax(-1) @ v
+
+
+@pytest.fixture()
+def kernel_calls(monkeypatch):
+    """Results of the generated kernels, forward or with saved statistics."""
+    if toolchain().why_not():
+        pytest.skip("no compiler")
+    found = []
+
+    def count(run):
+        def counted(*args, **kwargs):
+            out = run(*args, **kwargs)
+            found.extend([1] * (out is not None))
+            return out
+        return counted
+
+    for cls, name in ((Attention_, "__call__"), (Attention_, "in_maps"), (Training, "__call__")):
+        monkeypatch.setattr(cls, name, count(getattr(cls, name)))
+    return found
+
+
+@pytest.mark.parametrize("then", [
+    "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [False, True])
+def test_generated_kernels_are_called(then, training, kernel_calls):
+    model, x = Biased().train(training), torch.randn(2, 24, 16)
+    original = copy.deepcopy(model)
+    fast, reports = compiled(model, then)
+    with torch.set_grad_enabled(training):
+        for step in range(2):
+            kernel_calls.clear()
+            y, expected = fast(x + step), original(x + step)
+            same(y, expected)
+            assert kernel_calls
+            if training:
+                kernel_calls.clear()
+                y.sin().sum().backward()
+                expected.sin().sum().backward()
+                assert kernel_calls
+    assert reports[0].sites[0].lowering.startswith("cpp")
+    for mine, theirs in zip(model.parameters(), original.parameters(), strict=True):
+        same(mine.grad, theirs.grad, 1e-4)
+
+
+def test_places_of_windows_are_of_no_trace(kernel_calls):
+    """Two compilations of the same windows: nothing of the first is kept for the second."""
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = Rolled().eval()
+        fast, reports = compiled(model, "aot_eager")
+        with torch.no_grad():
+            x = torch.randn(1, 8, 8, 16)
+            same(fast(x), model(x))
+    assert reports[0].sites[0].lowering == "cpp:window" and kernel_calls
+
+
+class Rolled(nn.Module):
+    """Attention within shifted windows of 4 x 4 of a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x):
+        y = torch.roll(x, (-2, -2), (1, 2)).view(-1, 2, 4, 2, 4, 16).transpose(2, 3)
+        q, k, v = self.qkv(y.reshape(-1, 16, 16)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        out = ((q @ k.mT) / 8 ** 0.5).softmax(-1) @ v
+        out = out.transpose(1, 2).reshape(-1, 2, 2, 4, 4, 16).transpose(2, 3)
+        return torch.roll(out.reshape(-1, 8, 8, 16), (2, 2), (1, 2))
+
+
+def test_gradients_of_gradients(kernel_calls):
+    model, x = Biased().train(), torch.randn(2, 24, 16, requires_grad=True)
+    fast, _ = compiled(model)
+    found = []
+    for run in (fast, model):
+        grads = torch.autograd.grad(run(x).square().sum(), [x, model.table], create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        found.append(torch.autograd.grad(penalty, [x, *model.parameters()]))
+    same(*found, 1e-3)
+    assert kernel_calls

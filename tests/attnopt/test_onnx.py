@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -142,8 +144,7 @@ def test_nothing_is_written_where_it_fails(tmp_path, monkeypatch):
         attnopt.export_onnx(Blocks("eager").eval(), (torch.randn(1, 20, 7),), tmp_path / "m.onnx")
     from attnopt.onnx import check
 
-    monkeypatch.setattr(check, "_BOUND", 0.0)
-    monkeypatch.setattr(check, "_distance", lambda found, expected: 1.0)
+    monkeypatch.setattr(check, "distance", lambda found, expected: 1.0)
     with pytest.raises(AttnOptError, match="must compute what the model computes"):
         attnopt.export_onnx(Blocks("eager").eval(), (torch.randn(1, 20, 16),), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
@@ -188,3 +189,39 @@ def test_models_of_transformers(tmp_path, family):
     report = attnopt.export_onnx(model, (), tmp_path / "m.onnx", kwargs=inputs)
     assert report.error < 1e-4
     assert names <= {f.name.partition("_")[0] for f in report.forms}, report
+
+
+@pytest.mark.slow
+def test_the_image_encoder_of_sam(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SamVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8,
+        window_size=3, output_channels=16, global_attn_indexes=[1], mlp_dim=64, use_rel_pos=True,
+        attn_implementation="eager")
+    model = transformers.SamVisionModel(config).eval()
+    report = attnopt.export_onnx(model, (torch.randn(1, 3, 64, 64),), tmp_path / "m.onnx")
+    assert report.error < 1e-4 and sum(f.calls for f in report.forms) == 2, report
+
+
+@pytest.mark.slow
+def test_a_lifting_of_images_to_a_map(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    from bev_lifting import Lifting
+
+    model = Lifting(torch.rand(2, 12, 3, 3), torch.rand(2, 12, 3) > 0.3, 2, 2, 8).eval()
+    given = (torch.randn(2, 8, 6, 7), torch.rand(2, 5, 6, 7).softmax(1))
+    report = attnopt.export_onnx(model, given, tmp_path / "m.onnx")
+    assert report.error < 1e-4, report
+    assert [f.name for f in report.forms] == ["DeformableAttention"], report
+
+
+@pytest.mark.slow
+def test_deformable_detr(tmp_path):
+    pytest.importorskip("transformers")
+    from tests.models.deformable import deformable_detr
+
+    model, given = deformable_detr()
+    args, kwargs = ((), given) if isinstance(given, dict) else (tuple(given), {})
+    report = attnopt.export_onnx(model.eval(), args, tmp_path / "m.onnx", kwargs=kwargs)
+    assert report.error < 1e-4, report
+    assert sum(f.calls for f in report.forms if f.name.startswith("DeformableAttention")) == 4

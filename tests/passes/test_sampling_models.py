@@ -14,6 +14,11 @@ from tests.spellings.checking import describe
 deformable = pytest.importorskip("tests.models.deformable")
 
 
+@pytest.fixture(autouse=True)
+def _take_all(monkeypatch) -> None:
+    monkeypatch.setattr("attnopt.passes.rules.cost.TAKE_ALL", True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("build", deformable.MODELS, ids=lambda b: b.__name__)
 def test_every_site_is_rewritten(build) -> None:

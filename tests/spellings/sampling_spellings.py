@@ -230,6 +230,33 @@ def reflected(value, locations, weights):
     return queries_first((torch.stack(samples, -2).flatten(-2) * by_head(weights)).sum(-1))
 
 
+def seen(locations):
+    """Which points are on the map."""
+    return ((locations > 0) & (locations < 1)).all(-1)
+
+
+def seen_points(value, locations, weights):
+    """Points outside of the map do not count, the others do for them."""
+    weights = weights * seen(locations)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+    return stacked_levels(value, locations, weights)
+
+
+def hidden_points(value, locations, weights):
+    return concatenated(value, locations, weights.masked_fill(~seen(locations), 0.0))
+
+
+def summed_cameras(value, locations, weights):
+    """BEVFormer's spatial cross attention in its static form: the mean over the cameras, here the
+    batch, that see a query."""
+    visible = seen(locations).flatten(2).any(-1)[..., None]
+    out = stacked_levels(value, locations, weights) * visible
+    return out.sum(0) / visible.sum(0).clamp(min=1)
+
+
+#: forms that compute something else than the sum over their inputs
+OTHER = (looked_up, every_head_alike, seen_points, hidden_points, summed_cameras)
+
 TABLE = [
     Spelling(stacked_levels), Spelling(points_before_levels), Spelling(einsum),
     Spelling(matrix_product), Spelling(added_levels), Spelling(added_in_place),
@@ -238,7 +265,8 @@ TABLE = [
     Spelling(border, padding="border", align_corners=True), Spelling(nearest, mode="nearest"),
     Spelling(reflected, padding="reflection"),
     Spelling(looked_up, UNEQUAL, mode="nearest", padding="border", parts=True),
-    Spelling(other_order, parts=True), Spelling(every_head_alike),
+    Spelling(other_order, parts=True), Spelling(every_head_alike), Spelling(seen_points),
+    Spelling(hidden_points, UNEQUAL), Spelling(summed_cameras),
 ]
 
 

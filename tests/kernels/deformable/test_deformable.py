@@ -96,6 +96,24 @@ def test_an_empty_level_gives_nothing() -> None:
         torch.testing.assert_close(grads(out, mine), grads(wanted, theirs))
 
 
+def test_no_texels_at_no_places_give_zero() -> None:
+    """Nothing is sampled, wherever: neither NaN nor a gradient comes of it."""
+    sampling = Sampling((2, 1), padding="border")
+    given = inputs(sampling, (2, 0, 0, 3))
+    given[1].flatten()[::3] = torch.nan
+    given[1].flatten()[1::3] = torch.inf
+    mine = leaves(given)
+    out = deformable_attention(*mine[:3], (2, 0, 0, 3), sampling)
+    assert out.shape == (2, 5, 3, 5) and not out.any()
+    assert not any(g.any() for g in grads(out, mine))
+
+
+@pytest.mark.parametrize("shapes", [(2, 1, 1, 3), (1, 1, 1, 1)])
+def test_reflection_about_a_single_texel_has_no_slope(shapes: tuple[int, ...]) -> None:
+    sampling = Sampling((2, 3), padding="reflection", align_corners=True)
+    compare(sampling, shapes, inputs(sampling, shapes, spread=3.0))
+
+
 @pytest.mark.parametrize("change", [
     {"batch": 0}, {"queries": 0}, {"channels": 0}, {"heads": 0}, {"batch": 1, "queries": 1},
     {"heads": 1, "channels": 1}])

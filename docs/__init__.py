@@ -1,0 +1,1 @@
+"""The pages beside this file and what writes them: `python -m docs.generate`."""

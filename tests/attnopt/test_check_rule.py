@@ -1,0 +1,123 @@
+"""check_rule: right rules pass, wrong ones are shown on the smallest input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import attnopt
+from attnopt.errors import OptionError, RuleError
+from attnopt.rules import Match, Region
+
+DIMENSIONS = {"q": "b h s d", "k": "b h t d", "v": "b h t e"}
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def rule_of(pattern: Any, replacement: Any, **more: str) -> Any:
+    return attnopt.register_rewrite(pattern, replacement, {**DIMENSIONS, **more}, register=False)
+
+
+def test_right() -> None:
+    found = attnopt.check_rule(rule_of(plain, F_sdpa))
+    assert found and found.compared == 60 and found.error < 1e-12
+    assert "ok, 60 cases" in str(found) and found.raise_if_wrong() is found
+
+
+def F_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_wrong_scale_is_shrunk() -> None:
+    found = attnopt.check_rule(
+        rule_of(plain, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.25)))
+    assert not found and found.counterexample is not None
+    assert found.counterexample.sizes == {"b": 1, "h": 1, "s": 1, "d": 1, "t": 2, "e": 1}
+    assert "smallest counterexample" in str(found)
+    with pytest.raises(RuleError, match="WRONG"):
+        found.raise_if_wrong()
+
+
+def test_a_permutation_that_fits_square_lengths_only() -> None:
+    found = attnopt.check_rule(rule_of(plain, lambda q, k, v: F_sdpa(
+        q, k.transpose(1, 2) if k.shape[1] == k.shape[2] else k, v)))
+    assert not found and found.counterexample is not None
+    assert found.counterexample.sizes["h"] == found.counterexample.sizes["t"] == 2
+
+
+def test_rows_without_keys() -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return scores.masked_fill(~keep, -math.inf).softmax(-1) @ v
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+    found = attnopt.check_rule(rule_of(masked, fused, keep="bool b 1 s t"))
+    assert not found and found.counterexample is not None
+    assert not found.counterexample.tensors["keep"].any()
+    assert "NaN" in found.counterexample.reason
+
+
+def test_an_alternative_is_named() -> None:
+    def either(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = attnopt.one_of("scale", usual=lambda: q @ k.mT * q.shape[-1] ** -0.5,
+                                none=lambda: q @ k.mT)
+        return scores.softmax(-1) @ v
+
+    found = attnopt.check_rule(rule_of(either, F_sdpa))
+    assert found.counterexample is not None and found.counterexample.variant == "scale=none"
+
+
+def test_classes() -> None:
+    class Deaf:
+        name = "deaf"
+
+        def match(self, region: Region) -> Match:
+            return Match(region.spec, compute=lambda query, key, value, **operands: (
+                query @ key.mT * 0.3).softmax(-1) @ value)
+
+    found = attnopt.check_rule(Deaf)
+    assert found.counterexample is not None and found.counterexample.variant != "plain"
+
+    class Raises:
+        name = "raises"
+
+        def match(self, region: Region) -> Match:
+            raise KeyError("x")
+
+    found = attnopt.check_rule(Raises())
+    assert not found and "raised KeyError: 'x' (test_check_rule.py:" in str(found)
+    with pytest.raises(OptionError, match="match"):
+        attnopt.check_rule(3)
+    with pytest.raises(OptionError, match="cases"):
+        attnopt.check_rule(Raises(), cases=0)
+
+
+def test_a_rule_that_takes_nothing_is_not_ok() -> None:
+    class Never:
+        name = "never"
+
+        def match(self, region: Region) -> None:
+            return None
+
+    found = attnopt.check_rule(Never, cases=5)
+    assert not found and found.declined == 5 and "nothing was checked" in str(found)
+
+
+def test_a_rule_of_attnopt() -> None:
+    assert attnopt.check_rule("fused-softmax")
+
+
+def test_values_do_not_change() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    attnopt.check_rule(rule_of(plain, F_sdpa), cases=3)
+    assert torch.equal(before, torch.get_rng_state())
