@@ -81,8 +81,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [i for i, need in enumerate(ctx.needs_input_grad[:4]) if need]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        own = [None if t is None else t.view_as(t) for t in tensors]  # one may be in two roles
-        out = _forward(*own, shapes, starts, ctx.sampling)  # type: ignore[arg-type]
+        # One tensor may be in two roles.
+        own: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+        value, locations, weights, depth = own
+        out = _forward(value, locations, weights, depth, shapes, starts, ctx.sampling)
         parts = torch.autograd.grad(out, [own[i] for i in wanted], grad, allow_unused=True,
                                     create_graph=again)
     found: list[Tensor | None] = [None] * 7
