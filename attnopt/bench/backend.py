@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.bench.cpu import chosen
-from attnopt.bench.side_by_side import ratio
+from attnopt.bench.side_by_side import OURS, ratio
 from attnopt.timing import format_seconds, interleave
 
-_INDUCTOR, _OURS = "inductor", "attnopt"
+_INDUCTOR = "inductor"
 #: a whole model may take so many times what Inductor's own takes
 _BOUND = 1.05
 
@@ -102,11 +102,11 @@ def measure(
         low, high = row["ratios"][_INDUCTOR]["interval"]
         times = row["contestants"]
         say(f"{model.name}: {row['rewritten']} of {row['sites']} sites; attnopt "
-            f"{format_seconds(times[_OURS]['seconds'])}, inductor "
+            f"{format_seconds(times[OURS]['seconds'])}, inductor "
             f"{format_seconds(times[_INDUCTOR]['seconds'])}, ratio "
             f"{row['ratios'][_INDUCTOR]['ratio']:.2f} ({low:.2f} to {high:.2f}); error "
-            f"{times[_OURS]['error']:.1e} (inductor {times[_INDUCTOR]['error']:.1e}); graphs "
-            f"{times[_OURS]['graphs']} and {times[_INDUCTOR]['graphs']}")
+            f"{times[OURS]['error']:.1e} (inductor {times[_INDUCTOR]['error']:.1e}); graphs "
+            f"{times[OURS]['graphs']} and {times[_INDUCTOR]['graphs']}")
     return rows
 
 
@@ -114,14 +114,15 @@ def run_model(model: Model, repeats: int, shrink: bool) -> dict[str, Any]:
     """One row, plain numbers and strings."""
     from attnopt.backend import attnopt_backend
 
+    torch._dynamo.reset()  # its limit of compilations counts those of other rows
     module, given = model.build(shrink)
     reports: list[Any] = []
     with torch.no_grad():
         exact = _tensors(copy.deepcopy(module).double()(**{
             name: x.double() if x.is_floating_point() else x for name, x in given.items()}))
         steps: dict[str, Callable[[], Any]] = {}
-        for name, backend in ((_INDUCTOR, "inductor"), (_OURS, attnopt_backend)):
-            options: Any = {"report": reports.append} if name == _OURS else None
+        for name, backend in ((_INDUCTOR, "inductor"), (OURS, attnopt_backend)):
+            options: Any = {"report": reports.append} if name == OURS else None
             # two copies: Dynamo keeps the code that it compiled on the function of a module
             run = torch.compile(copy.deepcopy(module).forward, backend=backend, dynamic=False,
                                 options=options)
@@ -135,11 +136,12 @@ def run_model(model: Model, repeats: int, shrink: bool) -> dict[str, Any]:
             graphs[name] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
         times = interleave(steps, repeats)
     sites = [site for report in reports for site in report.sites]
-    found = ratio(times[_INDUCTOR], times[_OURS], (1 / _BOUND, 1.0))
+    found = ratio(times[_INDUCTOR], times[OURS], (1 / _BOUND, 1.0))
     return {
         "shape": f"B{model.batch} {model.takes} {model.size}", "dtype": "fp32", "training": False,
         "device": "cpu", "threads": 1, "rounds": repeats, "clock": "cpu", "sites": len(sites),
-        "rewritten": sum(s.status == "rewritten" for s in sites),
+        "rewritten": (taken := sum(s.status == "rewritten" for s in sites)),
+        "ours": {"status": f"{taken} of {len(sites)} sites"},
         "contestants": {name: {"seconds": statistics.median(times[name]) if name in times else None,
                                "error": errors[name], "graphs": graphs[name]}
                         for name in errors},

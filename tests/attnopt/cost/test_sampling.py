@@ -21,11 +21,11 @@ def test_more_takes_longer(lowering: str) -> None:
 
 
 @pytest.mark.parametrize("samples, lowering, measured", [
-    (ENCODER, "cpp", 14.6), (ENCODER, "aten", 2.05),
+    (ENCODER, "cpp", 14.6), (ENCODER, "aten", 5.2),
     (Samples(1, 4484, 8, 32, 300, 16, 4), "cpp", 10.9),
     (Samples(1, 1450, 8, 32, 64, 4, 1), "cpp", 2.7),
     (Samples(1, 1450, 8, 32, 1, 4, 1), "cpp", 0.57),
-    (Samples(1, 1450, 8, 32, 1, 4, 1), "aten", 0.12)])
+    (Samples(1, 1450, 8, 32, 1, 4, 1), "aten", 0.2)])
 def test_measured_ratios(samples: Samples, lowering: str, measured: float) -> None:
     speedup = seconds(CPU, samples, "plain") / seconds(CPU, samples, lowering)
     assert 0.7 < speedup / measured < 1.4
