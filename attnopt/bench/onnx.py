@@ -106,9 +106,10 @@ def run_files(case: Case, repeats: int) -> dict[str, Any]:
         ours = min(own, key=lambda name: statistics.median(first[name]))
         # One session of a peer at a time: each may hold several matrices of all scores.
         for name, path in files.items():
-            step = own.get(name) or _step(path, inputs, "plain" not in name)
+            step = _step(path, inputs, "plain" not in name)
+            peak = memory.peak(step, torch.device("cpu"))  # of its first run: sessions keep memory
             found[name] = {"error": exact.error(step()), "file_bytes": _size(path),
-                           "peak_bytes": memory.peak(step, torch.device("cpu"))}
+                           "peak_bytes": peak}
             if name not in own:
                 times[name] = interleave({name: step, ours: own[ours]}, repeats, threads=1)
             del step
