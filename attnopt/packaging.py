@@ -24,8 +24,9 @@ from torch import nn
 
 from attnopt import agreement
 from attnopt.errors import AttnOptError, OptionError
+from attnopt.files import whole_file
 from attnopt.kernels.portable import table as portable_table
-from attnopt.program import exported, whole_file
+from attnopt.program import exported
 from attnopt.report import Report
 
 #: what can be written: a program with attnopt's operators, one of ATen alone, that one compiled

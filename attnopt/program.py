@@ -26,6 +26,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.errors import CaptureError, OptionError, StrictError
+from attnopt.files import whole_file
 from attnopt.ir.site import SiteRecord
 from attnopt.kernels.portable import table as portable_table
 from attnopt.module import OptimizedModule, users_module
@@ -151,25 +152,6 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
     with whole_file(target) as part:
         torch.export.save(program, part)
     return target
-
-
-@contextlib.contextmanager
-def whole_file(target: Path) -> Any:
-    """A name beside `target` to write to; it becomes the target when all went well."""
-    if not target.parent.is_dir():
-        raise OptionError(f"path must lie in a folder that exists, got {target}")
-    if target.is_dir():
-        raise OptionError(f"path must be that of a file, got the folder {target}")
-    if not os.access(target.parent, os.W_OK):
-        raise OptionError(f"path must be writable, got {target}: Permission denied")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part{target.suffix}")
-    try:
-        yield part
-        os.replace(part, target)
-    except OSError as error:
-        raise OptionError(f"path must be writable, got {target}: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _export_again(model: nn.Module, captured: Any, rewritten: pipeline.Rewritten,

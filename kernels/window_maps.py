@@ -46,12 +46,17 @@ class Windowed:
             raise ValueError("places must hold each token once, got "
                              f"{len(self.flat.unique())} of {windows * rows}")
         self.back = torch.argsort(self.flat)
-        self.texts = literal_text(self.flat), literal_text(self.back)
         self.places_of_kernel = Places(self.places, windows * rows, 0)
         asked = Schedule.parse(schedule)
         self.kernel: Attention | None = None
         if asked.lowering == WINDOW:
             self.kernel = Attention(Spec.parse(spec), asked.tile, lowering=WINDOW)
+
+    @functools.cached_property
+    def literals(self) -> tuple[str, str]:
+        """`flat` and `back` as texts: a traced program holds no tensor of ours."""
+        with _disable_current_modes():
+            return literal_text(self.flat), literal_text(self.back)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Tensor:
         state = call_state((query, key, value, *operands))
@@ -59,8 +64,9 @@ class Windowed:
             found = self.kernel.in_maps(query, key, value, operands, self.places_of_kernel)
             if found is not None:
                 return found
-        if state == "traced":  # no tensor of ours may be in another one's program
-            flat, back = (torch.ops.attnopt.literal.default([query], [], t) for t in self.texts)
+        if state == "traced":
+            flat, back = (torch.ops.attnopt.literal.default([query], [], t)
+                          for t in self.literals)
         else:
             flat, back = self.flat.to(query.device), self.back.to(query.device)
         windows, rows = self.places.shape

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnopt.bench.cpu import chosen
+from attnopt.bench.rows import chosen
 from attnopt.bench.side_by_side import OURS, ratio
 from attnopt.timing import format_seconds, interleave
 

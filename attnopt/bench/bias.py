@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.bench import memory, summary
+from attnopt.bench import memory
 from attnopt.bench.attentions import Alibi
 from attnopt.bench.bias_attentions import AxisRows, Buckets, PairBias, SwinStages, Window
-from attnopt.bench.cpu import chosen
+from attnopt.bench.rows import chosen, measured
 from attnopt.bench.side_by_side import OURS, Case, hold_peak, ratio, run_case, site
 from attnopt.timing import interleave
 
@@ -63,18 +63,16 @@ def measure(
     """Rows by name; the options are those of the suite cpu, repeats 7 by default."""
     repeats = repeats or (3 if quick else 7)
     compiled = not quick if compiled is None else compiled
-    rows = {}
-    for case in chosen([*every(quick), Case(_STAGES, functools.partial(Alibi, 8))], cases):
+
+    def run(case: Case) -> dict[str, Any]:
         if case.name == _STAGES:
-            row = run_stages(optimize, repeats, compiled, quick)
-        else:
-            row = run_case(case, optimize, repeats=repeats, compiled=compiled)
-            hold_peak(row, 0.0 if quick else _PEAKS.get(case.name, 0.0))
-        rows[case.name] = row
-        say(summary.line(case.name, row))
-    for line in summary.table(rows):
-        say(line)
-    return rows
+            return run_stages(optimize, repeats, compiled, quick)
+        row = run_case(case, optimize, repeats=repeats, compiled=compiled)
+        hold_peak(row, 0.0 if quick else _PEAKS.get(case.name, 0.0))
+        return row
+
+    rows = [*every(quick), Case(_STAGES, functools.partial(Alibi, 8))]
+    return measured(chosen(rows, cases), run, say)
 
 
 def run_stages(optimize: Callable[..., Any], repeats: int, compiled: bool,

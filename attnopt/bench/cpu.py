@@ -7,28 +7,19 @@ time, and needs an idle machine. `goals` are what the project asks of each row.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import os
 import statistics
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnopt.bench import summary
 from attnopt.bench.attentions import Alibi, Attention, Causal, Softcap
+from attnopt.bench.rows import chosen, measured
 from attnopt.bench.side_by_side import OURS, Case, ratio, run_case, site
 from attnopt.timing import interleave
-
-
-class _Row(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-_Named = TypeVar("_Named", bound=_Row)
 
 _DENSE = {"sdpa": (1.1, 1.4)}
 _SCORE = {"eager": (5.0, 7.0), "compile": (2.2, 3.0)}
@@ -70,30 +61,18 @@ def measure(
     """
     repeats = repeats or (3 if quick else 15)
     compiled = not quick if compiled is None else compiled
-    rows = {}
-    for case in chosen([*CASES, TWO_THREADS], cases):
+
+    def run(case: Case) -> dict[str, Any] | None:
         if quick:
             case = dataclasses.replace(case, length=case.length // _QUICK, goals={})
         if case.name != TWO_THREADS.name:
-            row = run_case(case, optimize, repeats=repeats, compiled=compiled)
-        elif (os.cpu_count() or 1) > 1:
-            row = run_threads(case, optimize, repeats)
-        else:
-            say(f"{case.name}: left out, this machine has one processor")
-            continue
-        rows[case.name] = row
-        say(summary.line(case.name, row))
-    for line in summary.table(rows):
-        say(line)
-    return rows
+            return run_case(case, optimize, repeats=repeats, compiled=compiled)
+        if (os.cpu_count() or 1) > 1:
+            return run_threads(case, optimize, repeats)
+        say(f"{case.name}: left out, this machine has one processor")
+        return None
 
-
-def chosen(cases: Iterable[_Named], patterns: Iterable[str] | None) -> list[_Named]:
-    """The cases of which the name fits one of the patterns, in their order; all for None."""
-    if patterns is None:
-        return list(cases)
-    wanted = list(patterns)
-    return [case for case in cases if any(fnmatch.fnmatch(case.name, p) for p in wanted)]
+    return measured(chosen([*CASES, TWO_THREADS], cases), run, say)
 
 
 def run_threads(case: Case, optimize: Callable[..., Any], repeats: int) -> dict[str, Any]:

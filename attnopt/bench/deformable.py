@@ -9,11 +9,11 @@ columns are those of the suite cpu.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from attnopt.bench import summary
-from attnopt.bench.cpu import chosen
+from attnopt.bench.rows import chosen, measured
 from attnopt.bench.sampling import LARGE, SampledCase, run_sampled
 
 #: of an image of 400 x 536: 4,484 texels
@@ -63,11 +63,5 @@ def measure(
     """Rows by name; the options are those of the suite cpu, repeats 7 by default."""
     repeats = repeats or (3 if quick else 7)
     compiled = not quick if compiled is None else compiled
-    rows = {}
-    for case in chosen(every(quick), cases):
-        row = run_sampled(case, optimize, repeats=repeats, compiled=compiled)
-        rows[case.name] = row
-        say(summary.line(case.name, row))
-    for line in summary.table(rows):
-        say(line)
-    return rows
+    run = functools.partial(run_sampled, optimize=optimize, repeats=repeats, compiled=compiled)
+    return measured(chosen(every(quick), cases), run, say)

@@ -29,7 +29,7 @@ from attnopt.bench.attentions import (
     SlidingWindow,
     Softcap,
 )
-from attnopt.bench.cpu import chosen
+from attnopt.bench.rows import chosen
 from attnopt.bench.sampling import SMALL, SampledCase, run_sampled
 from attnopt.bench.side_by_side import BASELINES, Case, run_case
 from attnopt.bench.sparse_attentions import Grid

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnopt.bench import memory, summary
+from attnopt.bench import memory
 from attnopt.bench.attentions import Attention, SlidingWindow
-from attnopt.bench.cpu import chosen
 from attnopt.bench.exact import truth
+from attnopt.bench.rows import chosen, measured
 from attnopt.bench.side_by_side import OURS, Case, ratio
 from attnopt.bench.sparse_attentions import Grid
 from attnopt.timing import interleave
@@ -64,16 +64,8 @@ def measure(
     if missing:
         say(f"left out: needs {', '.join(missing)}")
         return {}
-    rows = {}
-    for case in chosen(every(quick), cases):
-        row = run_files(case, repeats or (3 if quick else 7))
-        rows[case.name] = row
-        say(summary.line(case.name, row))
-        sizes = {name: found["file_bytes"] for name, found in row["contestants"].items()}
-        say("  files: " + ", ".join(f"{n} {size / 1e6:.2f} MB" for n, size in sizes.items()))
-    for line in summary.table(rows):
-        say(line)
-    return rows
+    run = functools.partial(run_files, repeats=repeats or (3 if quick else 7))
+    return measured(chosen(every(quick), cases), run, say)
 
 
 class _Fused(nn.Module):

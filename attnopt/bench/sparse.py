@@ -13,9 +13,9 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from attnopt.bench import block_lists, summary
+from attnopt.bench import block_lists
 from attnopt.bench.attentions import Attention, SlidingWindow
-from attnopt.bench.cpu import chosen
+from attnopt.bench.rows import chosen, measured
 from attnopt.bench.side_by_side import Case, run_case
 from attnopt.bench.sparse_attentions import (
     BlockPattern,
@@ -88,16 +88,10 @@ def measure(
     """
     repeats = repeats or (3 if quick else 7)
     compiled = not quick if compiled is None else compiled
-    rows = {}
-    for case in chosen(every(quick), cases):
-        row = run_case(case, optimize, repeats=repeats, compiled=compiled)
-        rows[case.name] = row
-        say(summary.line(case.name, row))
-    for lists in block_lists.cases(quick, full):
-        if chosen([Case(lists.name, Attention)], cases):
-            row = block_lists.run(lists, repeats)
-            rows[lists.name] = row
-            say(summary.line(lists.name, row))
-    for line in summary.table(rows):
-        say(line)
-    return rows
+
+    def run(case: Case | block_lists.Lists) -> dict[str, Any]:
+        if isinstance(case, block_lists.Lists):
+            return block_lists.run(case, repeats)
+        return run_case(case, optimize, repeats=repeats, compiled=compiled)
+
+    return measured(chosen([*every(quick), *block_lists.cases(quick, full)], cases), run, say)

@@ -30,7 +30,10 @@ def line(name: str, row: Mapping[str, Any]) -> str:
     how = " ".join(filter(None, (row["ours"].get("lowering"), row["ours"].get("tile"))))
     time = format_seconds(ours["seconds"]) if ours else ""
     share = f"; {row['roofline_share']:.0%} of the roofline" if "roofline_share" in row else ""
-    return f"{name}, {row['shape']} {row['dtype']}: {time} {how}; {', '.join(ratios)}{share}"
+    files = ", ".join(f"{other} {found['file_bytes'] / 1e6:.2f} MB"
+                      for other, found in row["contestants"].items() if "file_bytes" in found)
+    return (f"{name}, {row['shape']} {row['dtype']}: {time} {how}; {', '.join(ratios)}{share}"
+            f"{'; files: ' if files else ''}{files}")
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -85,7 +85,7 @@ def results_alone() -> Iterator[None]:
 @contextlib.contextmanager
 def files(*names: str | None) -> Iterator[list[Path | None]]:
     """A name to write to for each file that is wanted; all of them appear, or none."""
-    from attnopt.program import whole_file
+    from attnopt.files import whole_file
 
     with contextlib.ExitStack() as stack:
         yield [None if name is None else stack.enter_context(whole_file(Path(name)))

@@ -66,8 +66,9 @@ def export_onnx(
     """
     _check(opset, lowering, keep_functions, verify)
     from attnopt.agreement import original
+    from attnopt.files import whole_file
     from attnopt.onnx.check import compare
-    from attnopt.program import exported, whole_file
+    from attnopt.program import exported
 
     target = Path(path)
     with whole_file(target) as part:

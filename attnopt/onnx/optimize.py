@@ -62,7 +62,7 @@ def optimize(
             written.
         AttnOptError: the model is no valid ONNX, or cannot be run on the inputs.
     """
-    from attnopt.program import whole_file
+    from attnopt.files import whole_file
 
     _check(OPSETS[-1], lowering, keep_functions, verify)
     _check_options(model, lowering, options)

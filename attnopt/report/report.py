@@ -18,11 +18,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from attnopt.errors import AttnOptError, OptionError
+from attnopt.files import write_whole
 from attnopt.ir.graph_record import GraphRecord
 from attnopt.ir.site import SiteRecord
 from attnopt.report import codec, html, page, pictures, table, terminal
 from attnopt.report.difference import Difference
-from attnopt.report.files import write_whole
 from attnopt.report.redact import redacted
 from attnopt.report.rows import counts
 from attnopt.report.text import printable
