@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnopt import kernels
-from attnopt.ir.density import grid_of, known_part
+from attnopt.ir.density import counting_boxes, known_part
 from attnopt.ir.mask import ALL
 from attnopt.ir.mask_picture import Picture, picture
 from attnopt.ir.site import SiteRecord
@@ -65,7 +65,7 @@ def _tiles(spec: Spec, schedule: Schedule, queries: int, keys: int,
     box = schedule.tile[4:] if schedule.lowering == "cpp" else ()
     if not box:
         return schedule.tile[0], schedule.tile[1]
-    grid = grid_of(spec.mask, queries, keys)
+    grid = counting_boxes(spec.mask, queries, keys)
     if grid is None or len(grid.length) != len(box):
         return None
     tile = GridTile(grid.length, tuple(box))

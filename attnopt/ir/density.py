@@ -185,7 +185,7 @@ class _Counting:
     # -- tiles ------------------------------------------------------------------------------------
     def by_tiles(self, mask: Mask, most: int) -> int | None:
         """Full tiles by their areas, partial ones score by score."""
-        grid = grid_of(mask, self.queries, self.keys)
+        grid = counting_boxes(mask, self.queries, self.keys)
         found = self._by_tiles(mask, grid or 64, most)
         small = tile_count(_FINE, self.queries) * tile_count(_FINE, self.keys)
         if found is None and grid is None and small <= _STATES:
@@ -251,7 +251,7 @@ def _window(mask: Neighborhood, row: Tensor, length: int) -> tuple[Tensor, Tenso
     return start, start + w
 
 
-def grid_of(mask: Mask, queries: int, keys: int) -> GridTile | None:
+def counting_boxes(mask: Mask, queries: int, keys: int) -> GridTile | None:
     """Small boxes of the grid that a mask is about, None for a mask over a line."""
     for node in mask.walk():
         if isinstance(node, Neighborhood | Windows) and len(node.length) > 1 and queries == keys:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.ir.folding import fold
 from attnopt.ir.spec import leading_axes
 
 
@@ -138,7 +139,7 @@ def _apply(node: Expr, args: list[Any], env: Env) -> Any:
     if not any(torch.is_tensor(a) for a in args):
         if node.op in _SYMBOLIC and not all(isinstance(a, int | float) for a in args):
             return _SYMBOLIC[node.op](*args)
-        value = E.fold(node.op, *args)
+        value = fold(node.op, *args)
         if value is not None:
             return value
         args = [torch.as_tensor(a, dtype=_DTYPES.get(e.dtype, env.dtype), device=env.device)

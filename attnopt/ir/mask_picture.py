@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.axis_tables import mask_states
-from attnopt.ir.density import MOST, density, grid_of, known_part, tokens
+from attnopt.ir.density import MOST, counting_boxes, density, known_part, tokens
 from attnopt.ir.intervals import EMPTY, FULL, PARTIAL
 from attnopt.ir.mask_base import Mask
 from attnopt.ir.spec import leading_axes
@@ -142,7 +142,7 @@ def picture(mask: Mask, queries: int, keys: int | None = None, *,
 
 def default_tiles(mask: Mask, queries: int, keys: int) -> tuple[Tiling, Tiling]:
     """Runs of 64 tokens or small boxes of the mask's grid, larger where there are very many."""
-    grid = grid_of(mask, queries, keys)
+    grid = counting_boxes(mask, queries, keys)
     if grid is not None and tile_count(grid, queries) <= 4 * _TILES:
         return grid, grid
     sides = []

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.ir.folding import fold
 from attnopt.kernels.aten.tile import Tile
 
 MODES = ("none", "safe", "all")
@@ -254,7 +255,7 @@ def scalar(op: str, *args: Any) -> Any:
     """An operation on numbers that may be symbolic; a tensor of rank 0 where that is needed."""
     if not any(isinstance(a, torch.SymInt | torch.SymFloat | torch.SymBool | Tensor)
                for a in args):
-        value = E.fold(op, *args)
+        value = fold(op, *args)
         if value is not None:
             return value
     elif op in _SYMBOLIC and not any(torch.is_tensor(a) for a in args):

@@ -63,7 +63,7 @@ class Windows3d:
 @functools.lru_cache(maxsize=256)
 def windows_of(mask: Mask, tokens: int) -> Windows3d | str:
     """The windows of a mask over `tokens` queries and as many keys, or why it has none."""
-    grid = grid_of(mask, tokens)
+    grid = grid_shape(mask, tokens)
     if isinstance(grid, str):
         return grid
     parts: list[list[Expr]] = [[] for _ in grid]
@@ -92,7 +92,7 @@ def windows_of(mask: Mask, tokens: int) -> Windows3d | str:
     return Windows3d(grid, (axes[0], axes[1], axes[2]), rest)
 
 
-def grid_of(mask: Mask, tokens: int) -> tuple[int, ...] | str:
+def grid_shape(mask: Mask, tokens: int) -> tuple[int, ...] | str:
     """The lengths of the grid that a mask speaks of, or why there is none of 1 to 3 axes."""
     lengths: list[tuple[int | None, ...]] = [
         m.length for m in mask.walk() if isinstance(m, Neighborhood | Windows)]
@@ -106,7 +106,7 @@ def grid_of(mask: Mask, tokens: int) -> tuple[int, ...] | str:
 
 def window_grid(mask: Mask, tokens: int) -> tuple[int, ...]:
     """The same, () where there is none."""
-    grid = grid_of(mask, tokens)
+    grid = grid_shape(mask, tokens)
     return () if isinstance(grid, str) else grid
 
 

@@ -37,12 +37,12 @@ _MARGIN = 0.05
 Boxes = tuple[GridTile, GridTile]
 
 
-def grid_of(mask: Mask) -> Mask | None:
+def part_on_grid(mask: Mask) -> Mask | None:
     """The first neighbourhood or partition of a grid of several axes that is over all tokens."""
     if isinstance(mask, Neighborhood | Windows):
         return mask if 2 <= len(mask.length) <= MOST_AXES else None
     if isinstance(mask, And | Or | Not | Select):
-        return next((m for m in map(grid_of, mask.children()) if m is not None), None)
+        return next((m for m in map(part_on_grid, mask.children()) if m is not None), None)
     return None
 
 
@@ -52,7 +52,7 @@ def boxes_of(mask: Mask, queries: int, keys: int, rows: int, columns: int) -> Bo
 
     None where there is no grid of these lengths, or runs of tokens cost as little.
     """
-    part = grid_of(mask)
+    part = part_on_grid(mask)
     if not isinstance(part, Neighborhood | Windows):
         return None
     inside = math.prod(n for n in part.length[1:] if n is not None)
