@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from attnopt import logs
 from attnopt.errors import OptionError, StrictError
 from attnopt.module import OptimizedModule, make_report, shell_of, wrap
 from attnopt.passes.options import Options
 from attnopt.program import raise_if_kept
 from attnopt.report import Report
 from attnopt.runtime import Runtime
+from attnopt.trials import run_copy
 
 
 def optimize(
@@ -109,24 +108,8 @@ def explain(
     runtime = Runtime(module, chosen, dynamic_shapes)
     runtime.prepare(given, named)
     if runtime.wants_dynamo:
-        runtime = _run_copy(module, runtime, given, named)
+        runtime = run_copy(module, runtime, given, named)
     return make_report(runtime)
-
-
-def _run_copy(module: nn.Module, whole: Runtime, args: tuple[Any, ...],
-              kwargs: dict[str, Any]) -> Runtime:
-    """Run copies of the model and its arguments through Dynamo."""
-    try:
-        copied, (args, kwargs) = copy.deepcopy((module, (args, kwargs)))
-        runtime = Runtime(copied, whole.options)
-        runtime.notes = whole.notes
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            runtime.run_graphs(args, kwargs)
-        return runtime
-    except Exception as error:  # the model's own, or one of copying: it is no error to explain
-        logs.get("capture").info("explain could not run the model", exc_info=True)
-        whole.note(f"not run through Dynamo: {type(error).__name__}")
-        return whole
 
 
 def _module(model: Any) -> nn.Module:

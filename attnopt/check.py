@@ -33,10 +33,29 @@ class Subject(Protocol):
         """Inputs in float64 and bool."""
     def expected(self, variant: Any, tensors: Mapping[str, Tensor]) -> Tensor:
         """What the author computes."""
-    def got(self, variant: Any, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    def got(self, variant: Any, tensors: Mapping[str, Tensor]) -> Tensor | Inexact | None:
         """What the rule computes; None where it declines."""
     def name_of(self, variant: Any) -> str:
         """The variant in words."""
+
+
+@dataclass(frozen=True)
+class Inexact:
+    """What an approximation means: its result, by how much its logits are off up to a constant per
+    row, and the error that it declares of them; None where it declares none."""
+
+    result: Tensor
+    off: float | None = None
+    declared: float | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an approximation changes: root mean square of the difference over that of the result."""
+
+    deviation: float
+    bounded: bool
+    empty: bool
 
 
 @dataclass
@@ -62,9 +81,12 @@ class Case:
 
 @dataclass
 class CheckResult:
-    """What `check_rule` found; true if nothing is wrong and something was compared.
+    """What `check_rule` found; true if nothing is wrong and something was looked at.
 
     compared: cases in which both sides were computed; declined: those that the rule left alone
+    approximate: cases in which an approximation says what to compute: nothing that it must equal,
+        so these are not compared; `deviation` is what it changes, root mean square, at most, and
+        where it declares an error of the logits, that was checked in `bounded` cases
     """
 
     rule: str
@@ -73,6 +95,9 @@ class CheckResult:
     declined: int
     counterexample: Case | None = None
     error: float = 0.0
+    approximate: int = 0
+    bounded: int = 0
+    deviation: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -80,6 +105,11 @@ class CheckResult:
 
     def __str__(self) -> str:
         head = f"{self.rule}: {'ok' if self.ok else 'WRONG'}, {self.compared} cases compared"
+        if self.approximate and self.ok:
+            head = (f"{self.rule}: an approximation, not compared; in {self.approximate} cases it "
+                    f"changes the result by at most {100 * self.deviation:.3g}% (root mean square)")
+            head += (f", its logits are within the error that it declares in {self.bounded} of them"
+                     if self.bounded else ", and declares no error")
         head += f", {self.declined} declined" if self.declined else ""
         head += f", at most {self.error:.2g} off float64" if self.ok and self.compared else ""
         if self.counterexample is not None:
@@ -112,6 +142,7 @@ def check_rule(rule: Any, *, cases: int = 60, seed: int = 0) -> CheckResult:
     name, subject = subject_of(rule)
     generator = random.Random(seed)
     result = CheckResult(name, True, 0, 0)
+    empty = 0
     for number in range(cases):
         variant = subject.variants[number % len(subject.variants)]
         sizes = _sizes(subject, generator, number)
@@ -120,6 +151,11 @@ def check_rule(rule: Any, *, cases: int = 60, seed: int = 0) -> CheckResult:
         found = _compare(subject, variant, tensors, dtype)
         if found is None:
             result.declined += 1
+        elif isinstance(found, Change):
+            result.approximate += 1
+            result.bounded += found.bounded
+            result.deviation = max(result.deviation, found.deviation)
+            empty += found.empty
         elif isinstance(found, float):
             result.compared += 1
             result.error = max(result.error, found if dtype is torch.float64 else 0.0)
@@ -128,7 +164,10 @@ def check_rule(rule: Any, *, cases: int = 60, seed: int = 0) -> CheckResult:
             result.counterexample = _smallest(
                 subject, variant, sizes, seed + number, dtype, tensors, found)
             return result
-    if not result.compared:
+    if empty:
+        result.notes.append(f"it leaves rows without a key in {empty} cases: a site where that "
+                            "happens is kept as it was")
+    if not result.compared and not result.approximate:
         result.ok = False
         result.notes.append("it took none of the cases: nothing was checked")
     return result
@@ -144,8 +183,9 @@ def _sizes(subject: Subject, generator: random.Random, number: int) -> dict[str,
 
 
 def _compare(subject: Subject, variant: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype
-             ) -> float | str | None:
-    """The largest error, what is wrong, or None where the rule declines."""
+             ) -> float | str | Change | None:
+    """The largest error, what is wrong, what an approximation changes, or None where the rule
+    declines."""
     from attnopt.passes.custom import fault
     from attnopt.passes.verify import judge
 
@@ -164,6 +204,8 @@ def _compare(subject: Subject, variant: Any, tensors: Mapping[str, Tensor], dtyp
         return fault(error)
     if new is None:
         return None
+    if isinstance(new, Inexact):
+        return _change(new, reference)
     if not isinstance(new, Tensor) or new.shape != reference.shape:
         got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         return f"the result must be of shape {tuple(reference.shape)}, got {got}"
@@ -179,6 +221,21 @@ def _compare(subject: Subject, variant: Any, tensors: Mapping[str, Tensor], dtyp
     if off is None:
         return "the result has NaN or inf where the original has none, or the reverse"
     return f"the result is off by {off:.3g}, the original by {own:.3g}, allowed are {bound:.3g}"
+
+
+def _change(new: Inexact, reference: Tensor) -> Change | str:
+    if new.result.shape != reference.shape:
+        return (f"the result must be of shape {tuple(reference.shape)}, got "
+                f"{tuple(new.result.shape)}")
+    if new.off is not None and new.declared is not None and (
+            new.off > new.declared * (1 + 1e-3) + 1e-5):
+        return f"the logits are off by {new.off:.3g}, the rule declares {new.declared:.3g}"
+    empty = bool((new.result.isnan() & ~reference.isnan()).any())
+    both = new.result.isfinite() & reference.isfinite()
+    truth, off = reference[both].double(), (new.result.double() - reference)[both]
+    size = float(truth.square().mean().sqrt()) if truth.numel() else 0.0
+    change = float(off.square().mean().sqrt()) / size if size else 0.0
+    return Change(change, new.declared is not None, empty)
 
 
 # -- shrinking -------------------------------------------------------------------------------------

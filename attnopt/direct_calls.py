@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnopt.kernels import lifetimes, ops, window_maps
+from attnopt.kernels import lifetimes, ops, tabulate, window_maps
 
 _NN = torch._C._nn
 _T = torch.Tensor
@@ -45,6 +45,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
             if function is not None and hasattr(packet, overload or "default"):
                 table[getattr(packet, overload or "default")] = function
     table[torch.ops.attnopt.key_lifetimes.default] = lifetimes.key_lifetimes
+    table[torch.ops.attnopt.tabulate.default] = tabulate.tabulated
     return table
 
 

@@ -11,8 +11,10 @@ not on the instance: it is in no state dict and is rebuilt, not copied, by deepc
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import fx, nn
 from attnopt.errors import CaptureError
 from attnopt.report import Report
 from attnopt.runtime import Runtime
+from attnopt.trials import site_times
 
 _RUNTIME = "_attnopt_runtime"
 
@@ -179,5 +182,6 @@ def make_report(runtime: Runtime, module: nn.Module | None = None) -> Report:
                     before="\n".join(before), after="\n".join(after), notes=notes,
                     calls=runtime.calls, graphs=graphs, kernels=texts)
     if module is not None:
-        report.bind(runtime.own_forward, module.forward, lambda: runtime.example)
+        report.bind(runtime.own_forward, module.forward, lambda: runtime.example,
+                    functools.partial(site_times, weakref.ref(runtime)))
     return report

@@ -3,10 +3,15 @@
     attnopt.register_rewrite(
         pattern, replacement, {"q": "b h s d", "k": "b h t d", "v": "b h t e"})
 
-The pattern is one attention over its arguments, written in any way. It is captured and read as a
-model is, so that it stands for every spelling with the same normal form: another layout of the
-tensors, another place of the scale, casts, operands the other way round. The replacement gets the
-site's tensors under the names and in the layouts of the pattern's arguments.
+The pattern is captured and read as a model is, so that it stands for every spelling with the same
+normal form: another layout of the tensors, another place of the scale, casts, operands the other
+way round. The replacement gets the site's tensors under the names and in the layouts of the
+pattern's arguments. A pattern that is one attention over its arguments is compared with the Specs
+of sites (`attnopt.passes.patterns`). Any other is compared term by term with the graph, before
+sites are looked for (`attnopt.passes.subgraphs`): a norm and the projections behind it, a user's
+own activation around an attention; it may have several results. It may consist of contractions,
+sums, products, powers, reductions, softmaxes, norms and pointwise functions, and its arguments may
+be any tensors of the model, parameters and intermediate results among them.
 
 Lengths are named, one word for each dimension of an argument; equal words are equal lengths.
 `one_of("tag", a=…, b=…)` in a pattern stands for either; a parameter of the replacement that is
@@ -106,8 +111,10 @@ def register_rewrite(pattern: Callable[..., Any], replacement: Callable[..., Any
     """Compute `replacement` wherever a model computes what `pattern` does.
 
     Args:
-        pattern: one attention over its tensor arguments, as plain torch.
-        replacement: a function of some or all of these arguments by name, and of tags.
+        pattern: what to replace, as plain torch over tensor arguments: one attention, or any
+            contractions, norms and pointwise functions; a tensor or a tuple of them.
+        replacement: a function of some or all of these arguments by name, and of tags; it gives
+            tensors of the same shapes.
         inputs: names of the dimensions of each argument, such as {"q": "b h s d"}; 1 for one of
             length 1, and "bool b 1 s t" for a mask.
         name: what the report calls it; the replacement's own name where nothing is said.

@@ -87,6 +87,7 @@ class Match:
     """A rule says yes: compute `spec` by `schedule`.
 
     memory: with `prefer="memory"`, what is held of queries x keys and what that costs
+    seconds: of one call, as predicted
     compute: a function (query, key, value, and the operands by slot) -> result, all as the Spec
         has them, that is traced into the graph in place of `schedule`
     """
@@ -95,6 +96,7 @@ class Match:
     schedule: Schedule = field(default_factory=Schedule)
     predicted_speedup: float | None = None
     memory: str = ""
+    seconds: float | None = None
     compute: Callable[..., Any] | None = field(default=None, compare=False)
 
 

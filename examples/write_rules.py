@@ -170,6 +170,7 @@ def main() -> None:
     model = Model()
     exact = attnopt.optimize(model, (query, key, value, keep), rules=[rule, Squashed()])
     print(exact.report, end="\n\n")
+    print(attnopt.check_rule(Nearby(4)), end="\n\n")  # not exact: what it changes
     near = attnopt.optimize(model, (query, key, value, keep),
                             rules=[rule, Squashed(), Nearby(tokens // 2), "row-blocks",
                                    "fused-softmax", "generated"])

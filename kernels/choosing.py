@@ -46,6 +46,7 @@ from attnopt.kernels.cpp.template_window import MOST_KEYS, split_shared, window_
 from attnopt.kernels.triton import tiles as triton_tiles
 from attnopt.kernels.triton.boxes import boxes_of
 from attnopt.kernels.triton.intervals import interval
+from attnopt.kernels.triton.scores import BY_CHANNEL
 
 #: rows, and keys, of the tiles that calls of any length choose from; rows are rounded up to whole
 #: register blocks of this machine
@@ -264,8 +265,9 @@ def legal_tiles(problem: Problem, few: bool) -> list[tuple[int, ...]]:
     cpu = device(problem.device)
     if isinstance(cpu, Gpu):
         shape = (architecture(), problem.query[-1], problem.value[-1], problem.work.item)
-        found = [triton_tiles.default(*shape, listed=not interval(problem.spec).exact)
-                 ] if few or not cpu.calibrated else (
+        by_channel = problem.spec.score in BY_CHANNEL
+        found = [triton_tiles.default(*shape, not interval(problem.spec).exact, by_channel)
+                 ] if few or by_channel or not cpu.calibrated else (
             triton_tiles.candidates(*shape))
         return [(t.rows, t.keys, t.warps, t.stages) for t in found]
     lengths = problem.query[-2], problem.key[-2]

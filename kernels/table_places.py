@@ -3,7 +3,7 @@
 A bias table[index[q, k], h] (Swin: arXiv 2103.14030) is tabulated at each call, because the table
 is a parameter; which of its rows are read follows from a buffer of whole numbers, which hardly ever
 changes. The rows are remembered together with a copy of the buffer, compared with it at each call
-(some microseconds), and then the table is one `index_select`.
+(some microseconds), and then the table is one `index_select`: `Rows`.
 """
 
 from __future__ import annotations
@@ -32,19 +32,42 @@ class _Known:
     read: Mapping[str, Tensor]
 
 
-_known: OrderedDict[tuple[str, tuple[int, ...], torch.device], _Known] = OrderedDict()
+@dataclass(frozen=True)
+class Rows:
+    """A tabulation that is one `index_select` of a tensor: table[place(k), h] or table[h, place(k)]
+    as (h, count).
+
+    table: the tensor, as a number; shape: its own; dim: along which is selected; place: the
+    indices; read: copies of the tensors that these follow from, by their numbers
+    """
+
+    table: int
+    shape: torch.Size
+    dim: int
+    place: Tensor
+    read: tuple[tuple[int, Tensor], ...]
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """The table; None where the tensors have changed."""
+        table = tensors[self.table]
+        if table.shape != self.shape or not all(_same(tensors[i], t) for i, t in self.read):
+            return None
+        return (table if self.dim else table.t()).index_select(1, self.place)
 
 
-def with_places(text: str, lengths: tuple[int, ...], expr: Expr, operands: Mapping[str, Tensor],
-                made: Mapping[str, Tensor], count: int, device: torch.device,
-                ) -> tuple[Expr, Mapping[str, Tensor]]:
+#: what identifies a tabulation: its text, lengths and device
+Key = tuple[str, tuple[int, ...], torch.device]
+_known: OrderedDict[Key, _Known] = OrderedDict()
+_rows: OrderedDict[Key, Rows] = OrderedDict()
+
+
+def with_places(key: Key, expr: Expr, operands: Mapping[str, Tensor],
+                made: Mapping[str, Tensor], count: int) -> tuple[Expr, Mapping[str, Tensor]]:
     """The expression with whole numbers that points and whole-number operands decide as loads, and
-    these. `expr` and `made`, operands of it beside those given, must follow from the text and the
-    lengths."""
-    key = text, lengths, device
+    these. `expr` and `made`, operands of it beside those given, must follow from the key."""
     found = _known.get(key)
     if found is None or not all(_same(operands[s], t) for s, t in found.read.items()):
-        found = _known[key] = _look(expr, operands, made, count, device)
+        found = _known[key] = _look(expr, operands, made, count, key[-1])
         if len(_known) > _MOST:
             _known.popitem(last=False)
     return found.expr, found.places
@@ -76,18 +99,31 @@ def _look(expr: Expr, operands: Mapping[str, Tensor], made: Mapping[str, Tensor]
     return _Known(changed, places, read)
 
 
-def rows_of(expr: Expr, operands: Mapping[str, Tensor], lead: Sequence[str],
-            sizes: Mapping[str, int], count: int) -> Tensor | None:
-    """table[place(k), h] or table[h, place(k)] as (h, count); None where it is not that."""
+def remembered(key: Key, tensors: Sequence[Tensor]) -> Tensor | None:
+    """The table of tensors as `remember` keeps it; None where it keeps none for these."""
+    rows = _rows.get(key)
+    return None if rows is None else rows.of(tensors)
+
+
+def remember(key: Key, tensors: Sequence[Tensor], slots: Sequence[str], expr: Expr,
+             operands: Mapping[str, Tensor], lead: Sequence[str], sizes: Mapping[str, int],
+             count: int) -> Tensor | None:
+    """The table as one `index_select`, which `remembered` does from now on; None where it is
+    not that. `expr` and `operands` are those of `with_places` for the same key."""
     if expr.op != "load" or len(expr.args) != 2 or tuple(lead) != ("h",):
         return None
-    table = operands[expr.value]
     at = [i for i, e in enumerate(expr.args) if e.op == "load" and not e.args]
-    if len(at) != 1 or expr.args[1 - at[0]] is not E.index("h") or table.dim() != 2 \
-            or table.shape[1 - at[0]] != sizes["h"] or not table.shape[at[0]]:
+    if len(at) != 1 or expr.args[1 - at[0]] is not E.index("h") or expr.value not in slots:
         return None
-    place = operands[expr.args[at[0]].value]
-    if place.numel() != count or place.shape[-1] != count:
+    (dim,), number = at, slots.index(str(expr.value))
+    table, place = tensors[number], operands[expr.args[dim].value]
+    if table.dim() != 2 or table.shape[1 - dim] != sizes["h"] or not table.shape[dim] \
+            or place.numel() != count or place.shape[-1] != count:
         return None
-    found = table.index_select(at[0], place.reshape(-1).clamp(0, table.shape[at[0]] - 1))
-    return found.t().contiguous() if at[0] == 0 else found
+    with torch.inference_mode(False), torch.no_grad():
+        place = place.reshape(-1).clamp(0, table.shape[dim] - 1)
+    read = tuple((slots.index(s), t) for s, t in _known[key].read.items())
+    _rows[key] = rows = Rows(number, table.shape, dim, place, read)
+    if len(_rows) > _MOST:
+        _rows.popitem(last=False)
+    return rows.of(tensors)

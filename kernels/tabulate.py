@@ -28,13 +28,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnopt.ir import expr as E
 from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.spec import leading_axes
-from attnopt.kernels.table_places import rows_of, with_places
+from attnopt.kernels.table_places import remember, remembered, with_places
 
 _library = torch.library.Library("attnopt", "FRAGMENT")
 _library.define("tabulate(Tensor[] tensors, SymInt[] lengths, str text) -> Tensor",
@@ -76,19 +76,24 @@ class Points:
 
 def tabulate(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Tensor:
     """The table (*lead, points) that `Points` in `text` describe."""
+    device, concrete = tensors[0].device, _concrete(tensors, lengths)
+    key = text, tuple(lengths), device
+    known = remembered(key, tensors) if concrete else None
+    if known is not None:
+        return known
     points = Points.parse(text)
     operands = dict(zip(points.slots, tensors, strict=True))
     sizes = dict(zip(points.axes, lengths, strict=True))
-    device = tensors[0].device
     if not points.exact:
         operands = {s: t.float() if t.is_floating_point() else t for s, t in operands.items()}
     count: Any = evaluate(_parse(points.count), Env((1, 1), sizes=sizes))
     expr = _parse(points.expr)
-    if _concrete(tensors, lengths):
-        expr, places = _placed(text, tuple(lengths), count, device)
-        expr, rows = with_places(text, tuple(lengths), expr, operands, places, count, device)
+    if concrete:
+        expr, places = _placed(*key[:2], count, device)
+        expr, rows = with_places(key, expr, operands, places, count)
         operands |= {**places, **rows}
-        table = rows_of(expr, operands, points.lead, sizes, count)
+        table = remember(key, tensors, points.slots, expr, operands, points.lead, sizes, count
+                         ) if points.exact else None
         if table is not None:
             return table
     elif _traced(lengths):
@@ -200,3 +205,16 @@ def _numbers(text: str) -> Tensor:
 _library.impl("literal", literal, "CompositeExplicitAutograd")
 torch.library.register_fake("attnopt::literal", _fake_literal, lib=_library)
 _library.impl("tabulate", tabulate, "CompositeImplicitAutograd")
+
+
+def tabulated(tensors: Sequence[Tensor], lengths: Sequence[int], text: str) -> Tensor:
+    """What eager graphs call in place of `tabulate`."""
+    if any(isinstance(x, fx.Proxy) for x in (*tensors, *lengths)):
+        proxy: Any = next(x for x in (*tensors, *lengths) if isinstance(x, fx.Proxy))
+        traced: Tensor = proxy.tracer.create_proxy(  # torch.fx rebuilds a pickled graph
+            "call_function", tabulated, (tensors, lengths, text), {})
+        return traced
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.attnopt.tabulate.default(tensors, lengths, text)
+        return out
+    return tabulate(tensors, lengths, text)

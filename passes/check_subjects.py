@@ -7,21 +7,23 @@ held against the oracle of the region's Spec (`attnopt.kernels.reference`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnopt import kernels
+from attnopt.check import Inexact
 from attnopt.errors import RuleError
 from attnopt.ir import expr as E
-from attnopt.ir.mask import Band, Causal, Where
+from attnopt.ir.mask import ALL, Band, Causal, Where
 from attnopt.ir.spec import Operand, Spec
 from attnopt.passes.custom import ask
 from attnopt.passes.patterns import PatternRule
 from attnopt.rewrites import choosing, combinations, replacement_arguments
-from attnopt.rules import Approximation, Decline, Match, Region, checked, registered
+from attnopt.rules import Approximation, Decline, Factors, Match, Region, checked, registered
 
 
 def subject_of(rule: Any) -> tuple[str, Any]:
@@ -58,13 +60,33 @@ class _Pattern:
 
     def expected(self, variant: dict[str, str], tensors: Mapping[str, Tensor]) -> Tensor:
         with choosing(variant):
-            found: Tensor = self.rule.pattern(*tensors.values())
-        return found
+            return _joined(self.rule.pattern(*tensors.values()))
 
     def got(self, variant: dict[str, str], tensors: Mapping[str, Tensor]) -> Tensor | None:
         replacement = self.rule.replacement
-        found: Tensor = replacement(**replacement_arguments(replacement, variant, tensors))
-        return found
+        found = replacement(**replacement_arguments(replacement, variant, tensors))
+        with choosing(variant):
+            wanted = self.rule.pattern(*tensors.values())
+        for one, other in zip(_several(wanted), _several(found), strict=False):
+            if isinstance(other, Tensor) and one.shape != other.shape:
+                raise ValueError(f"a result must be of shape {tuple(one.shape)}, got "
+                                 f"{tuple(other.shape)}")
+        if len(_several(wanted)) != len(_several(found)):
+            raise ValueError(f"the results must be {len(_several(wanted))} tensors, got "
+                             f"{len(_several(found))}")
+        return _joined(found)
+
+
+def _several(found: Any) -> Sequence[Any]:
+    return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def _joined(found: Any) -> Tensor:
+    """Several results as one."""
+    if not isinstance(found, (tuple, list)):
+        single: Tensor = found
+        return single
+    return torch.cat([t.flatten() for t in found])
 
 
 def _families() -> dict[str, Spec]:
@@ -115,7 +137,7 @@ class _Class:
     def expected(self, variant: str, tensors: Mapping[str, Tensor]) -> Tensor:
         return _by_reference(self.specs[variant], tensors)
 
-    def got(self, variant: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    def got(self, variant: str, tensors: Mapping[str, Tensor]) -> Tensor | Inexact | None:
         spec = self.specs[variant]
         query, key, value = (tensors[n] for n in ("query", "key", "value"))
         shapes = tuple(tuple(t.shape) for t in (query, key, value))
@@ -124,8 +146,9 @@ class _Class:
             t.dtype for t in (query, key, value)), "cpu", False, False, shapes)
         try:
             if isinstance(self.rule, Approximation):
-                self.rule.reduce(region)
-                return self.expected(variant, tensors)  # it says itself that it is not exact
+                biases = {o.slot: tensors[o.slot][0] for o in spec.operands
+                          if o.dtype == E.FLOAT and "b" not in (o.axes or ())}
+                return _approximated(self.rule, replace(region, biases=biases), tensors)
             answer = ask(self.rule, region, strict=False)
         except Decline as no:
             if no.reason.startswith("raised "):
@@ -136,6 +159,32 @@ class _Class:
             found: Tensor = answer.compute(query, key, value, **slots)
             return found
         return _by_reference(answer.spec if isinstance(answer, Match) else answer, tensors)
+
+
+def _approximated(rule: Approximation, region: Region, tensors: Mapping[str, Tensor]) -> Inexact:
+    """What an approximation means in float64, on keys chosen from the numbers as they are."""
+    mask, tables = rule.reduce(region)
+    spec, given = region.spec, dict(tensors)
+    off = declared = None
+    more = []
+    for slot, table in tables.items():
+        if isinstance(table, Factors):
+            cut = (table.query.double() @ table.key.double().mT)[None]
+            gap = cut - tensors[slot].double()
+            if gap.numel():
+                gap = gap - (gap.amax(-1, keepdim=True) + gap.amin(-1, keepdim=True)) / 2
+            off = max(off or 0.0, float(gap.abs().max()) if gap.numel() else 0.0)
+            declared = max(declared or 0.0, table.error)
+            given[slot] = cut
+        else:
+            more.append(Operand(slot, None, E.BOOL, "mask"))
+            read = [given["query"], given["key"]] if table.reads else [given["query"]]
+            lengths = [given["query"].shape[-2], given["key"].shape[-2]]
+            given[slot] = torch.ops.attnopt.block_map.default(read, lengths, table.text)
+    if more or mask is not ALL:
+        spec = spec.with_(more, mask=spec.mask & mask)
+    exact = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
+    return Inexact(_by_reference(spec, exact), off, declared)
 
 
 def _by_reference(spec: Spec, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -142,14 +142,28 @@ def restated(region: Region, spec: Spec, name: str) -> Region:
 def inline_function(arranger: Arranger, compute: Callable[..., Any], tensors: Sequence[fx.Node],
                     slots: Mapping[str, fx.Node], shape: Sequence[Any]) -> fx.Node:
     """Trace `compute` on the values of nodes, and copy its operations to where the arranger is."""
-    nodes = [*tensors, *slots.values()]
-    like = arranger.like.meta["val"]
-    env = like.fake_mode.shape_env
-    asked = len(env.guards) if env is not None else 0
-
     def call(*given: Any) -> Any:
         return compute(*given[:3], **dict(zip(slots, given[3:], strict=True)))
 
+    given, result = trace_into(arranger, call, [*tensors, *slots.values()])
+    _all_read([slot for slot, n in zip(slots, given[3:], strict=True) if not n.users],
+              compute.assumes if isinstance(compute, Function) else "")
+    wanted = arranger._fake(shape, tensors[0].meta["val"].dtype)
+    found = result.meta.get("val") if isinstance(result, fx.Node) else None
+    if not isinstance(found, torch.Tensor) or str(found.shape) != str(wanted.shape):
+        got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(result).__name__
+        raise Decline(f"its function must give a tensor of shape {tuple(wanted.shape)}, got {got}")
+    final: fx.Node = result
+    return final
+
+
+def trace_into(arranger: Arranger, call: Callable[..., Any], nodes: Sequence[fx.Node]
+               ) -> tuple[list[fx.Node], Any]:
+    """Trace `call` on the values of nodes and copy its operations to where the arranger is: its
+    parameters in the traced graph, and its result, a node or a tuple of them."""
+    like = arranger.like.meta["val"]
+    env = like.fake_mode.shape_env
+    asked = len(env.guards) if env is not None else 0
     try:
         with like.fake_mode, torch.no_grad():
             traced = make_fx(call, pre_dispatch=True)(*(n.meta["val"] for n in nodes))
@@ -160,8 +174,6 @@ def inline_function(arranger: Arranger, compute: Callable[..., Any], tensors: Se
     if env is not None and len(env.guards) > asked:
         raise Decline(f"its function asks about a length that may change: {env.guards[-1].expr}")
     given = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    _all_read([slot for slot, n in zip(slots, given[3:], strict=True) if not n.users],
-              compute.assumes if isinstance(compute, Function) else "")
     values: dict[fx.Node, Any] = dict(zip(given, nodes, strict=True))
     result: Any = None
     for node in traced.graph.nodes:
@@ -175,10 +187,4 @@ def inline_function(arranger: Arranger, compute: Callable[..., Any], tensors: Se
         elif node.op != "placeholder":
             raise Decline(f"its function makes a constant ({node.target}): build it from the "
                           "tensors that it is given, with new_tensor or new_full")
-    wanted = arranger._fake(shape, tensors[0].meta["val"].dtype)
-    found = result.meta.get("val") if isinstance(result, fx.Node) else None
-    if not isinstance(found, torch.Tensor) or str(found.shape) != str(wanted.shape):
-        got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(result).__name__
-        raise Decline(f"its function must give a tensor of shape {tuple(wanted.shape)}, got {got}")
-    final: fx.Node = result
-    return final
+    return given, result

@@ -10,6 +10,7 @@ tensors in the layouts of the pattern's arguments (`attnopt.passes.rebind`).
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,18 +20,23 @@ from torch import Tensor, fx, nn
 
 from attnopt.ir.spec import Schedule, Spec
 from attnopt.passes.canonical import Canonical
+from attnopt.passes.custom import fault
 from attnopt.passes.normalize import op_name
 from attnopt.passes.rebind import rebound
 from attnopt.passes.recognize.axes import Axis, Layout, resolve, settle
 from attnopt.passes.recognize.layout import back
 from attnopt.passes.same_spec import inverted, same
+from attnopt.passes.subgraphs.reading import Pattern, pattern_at, patterns_of
 from attnopt.rewrites import choosing, combinations
 from attnopt.rules import Decline, Match, Region, Rule
 
+log = logging.getLogger("attnopt.passes")
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
 
 
-class _AsModule(nn.Module):
+class AsModule(nn.Module):
+    """A function as a module, to be captured."""
+
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
@@ -67,6 +73,47 @@ class PatternRule(Rule):
         said = getattr(pattern, "__name__", "its pattern")
         self.recognizes = f"what {said} computes, however it is spelled"
         self._read: dict[Any, list[Read]] = {}
+        #: why the pattern can be read neither as an attention nor otherwise
+        self.unread = ""
+        self._kind = ""
+        self._graph: list[Pattern] = []
+        self._graph_at: dict[Any, Pattern] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs that were read: a copy reads them again."""
+        return {**self.__dict__, "_read": {}, "_kind": "", "_graph": [], "_graph_at": {}}
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """"attention" where the pattern is one attention over its arguments, else "graph"; asked
+        when a model is first optimised, as it takes a capture."""
+        if not self._kind:
+            words = list(dict.fromkeys(w for dims in self.inputs.values() for w in dims))
+            self._kind = "attention"
+            try:
+                with choosing({}):
+                    _read(self, {}, dict(zip(words, _PRIMES, strict=False)))
+            except Exception:  # what is wrong with it is said where it is used
+                log.debug("%s is no single attention", self.name, exc_info=True)
+                try:
+                    self._graph = patterns_of(self)
+                    self._kind = "graph"
+                except Exception as error:
+                    self.unread = error.reason if isinstance(error, Decline) else fault(error)
+                    log.info("the pattern of %s cannot be read", self.name, exc_info=True)
+        return self._kind
+
+    def graph_patterns(self) -> list[Pattern]:
+        """The pattern with every combination of its alternatives, of the kind "graph"."""
+        return self._graph if self.kind == "graph" else []
+
+    def graph_pattern_at(self, tags: Mapping[str, str], lengths: Sequence[tuple[str, int]]
+                         ) -> Pattern:
+        """The pattern at lengths of a model, for numbers that depend on them."""
+        key = (*sorted(tags.items()), *lengths)
+        if key not in self._graph_at:
+            self._graph_at[key] = pattern_at(self, tags, dict(lengths))
+        return self._graph_at[key]
 
     def match(self, region: Region) -> Match:
         if "aten" not in region.lowerings:
@@ -125,13 +172,14 @@ def _read(rule: PatternRule, tags: Mapping[str, str], sizes: Mapping[str, int]) 
     from attnopt.passes.pipeline import _read as read_graph
 
     with choosing(tags), torch.no_grad():
-        captured = capture(_AsModule(rule.pattern), tuple(rule.tensors(sizes))).captured
+        captured = capture(AsModule(rule.pattern), tuple(rule.tensors(sizes))).captured
     *_, plans, sampled, _ = read_graph(captured, Options(rules=()), Clock())
     if len(plans) != 1 or sampled or plans[0].canonical is None:
         why = plans[0].record.reason if plans else "no attention in it"
         raise Decline(f"its pattern must be one attention, got {len(plans)}: {why}")
     site, canonical = plans[0].site, plans[0].canonical
-    placeholders = [n for n in site.end.graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in site.end.graph.nodes if n.op == "placeholder"
+                    and captured.origins[n.name].kind == "input"]
     output = next(n for n in site.end.graph.nodes if n.op == "output").all_input_nodes
     read = Read(dict(tags), canonical.spec, len(canonical.result) - 2)
     tensors = {"query": canonical.query, "key": canonical.key, "value": canonical.value,

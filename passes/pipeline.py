@@ -38,6 +38,8 @@ from attnopt.passes.sampling import (
     softmaxes,
 )
 from attnopt.passes.settling import emit, settle
+from attnopt.passes.site_times import note_times, time_sites
+from attnopt.passes.subgraphs.rewriting import replace_patterns
 from attnopt.passes.substitute import sweep
 from attnopt.passes.verify import verify
 from attnopt.rules import Match
@@ -67,6 +69,7 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
     clock = Clock()
     module, graph = captured.graph_module, captured.graph
     before, nodes_before = readable(graph), nodes_of(graph, op_name)
+    replaced = replace_patterns(captured, options, clock)
     view, program, analysis, plans, sampled, misses = _read(captured, options, clock)
     with clock("substitute"):
         candidates = emit(graph, view, plans, trials=options.verify)
@@ -80,6 +83,9 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
         with clock("verify"):
             verify(captured, view, [c for c, _ in (*candidates, *samplings)],
                    (options.approximate or {}).get("output"))
+    times = time_sites(captured, view, [
+        *(([c], [p.record for p in members]) for c, members in candidates),
+        *(([c], [p.record]) for c, p in samplings)])
     guards: set[str] = set()
     touched: set[fx.Node] = set()
     for candidate, members in candidates:
@@ -91,6 +97,7 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
         if plan.canonical is not None:
             chosen = plan.match or Match(plan.canonical.spec, Schedule())
             depict(plan.record, plan.canonical, chosen, analysis.values)
+    note_times(times)
     sweep(graph, touched)
     if touched:
         fold_windows(captured)
@@ -99,13 +106,14 @@ def rewrite(captured: Captured, options: Options) -> Rewritten:
     frozen = freeze(captured, options)
     graph.lint()
     module.recompile()
-    records = _records(graph, view, program, plans, sampled, misses)
+    records = [*replaced.records, *_records(graph, view, program, plans, sampled, misses)]
     site = {id(record): i for i, record in enumerate(records)}
     author = {n.name: view.author.get(n, n).name for n in program.nodes}
     taken = {author.get(r.node, r.node): i for i, r in enumerate(records)}
     emitted = {n.name: site[id(p.record)]
                for c, members in candidates for p in members for n in c.done.emitted}
     emitted |= {n.name: site[id(p.record)] for c, p in samplings for n in c.done.emitted}
+    emitted |= {name: site[id(record)] for record, names in replaced.emitted for name in names}
     held = tuple(ValueGuard.of(captured, name) for name in sorted(guards)) + frozen
     return Rewritten(module, records, held, before, readable(graph), clock.seconds,
                      compared(nodes_before, nodes_of(graph, op_name), taken, emitted), texts,

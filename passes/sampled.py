@@ -136,8 +136,8 @@ def canonicalize_sampling(program: Program, site: SamplingSite) -> Sampled:
 
     lead: Target = (batch, site.rows, heads)
     plane = len(first.order or first.space) == 2 and not first.depth
-    on_cpu = first.node.meta["val"].device.type == "cpu"
-    not_finite = "nan" if plane and on_cpu else "zero"  # as F.grid_sample has it
+    as_nan = first.inner or first.node.meta["val"].device.type == "cpu"  # F.grid_sample's is there
+    not_finite = "nan" if plane and as_nan else "zero"
     made = Sampled(
         site, Sampling(tuple(product(p) for p in pieces), len(sizes[0]), first.mode, first.padding,
                        first.align_corners, where, not_finite),

@@ -172,4 +172,4 @@ def settle_sampling(graph: fx.Graph, view: View, candidate: Candidate, plan: Sam
     touched.update(view.author[n] for n in (*plan.site.interior, *plan.sampled.computed)
                    if n in view.author)
     record.status, record.reason, record.lowering = "rewritten", "", match.lowering
-    record.predicted_speedup = match.predicted_speedup
+    record.predicted_speedup, record.predicted_seconds = match.predicted_speedup, match.seconds

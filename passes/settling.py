@@ -111,4 +111,5 @@ def settle(graph: fx.Graph, view: View, candidate: Candidate, members: Sequence[
         record.lowering = match.schedule.lowering
         record.tile = "x".join(map(str, match.schedule.tile))
         record.predicted_speedup, record.memory = match.predicted_speedup, match.memory
+        record.predicted_seconds = match.seconds
         record.spec = str(match.spec)

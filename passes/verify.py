@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ def boundary(view: View, parts: Sequence[Canonical]) -> list[fx.Node]:
             found[node] = None
         else:
             stack.extend(node.all_input_nodes)
-    return list(found)
+    return list(found | dict.fromkeys(n for c in parts for n in getattr(c, "others", ())))
 
 
 def _views(node: fx.Node, ends: Collection[fx.Node]) -> list[fx.Node]:
@@ -113,15 +113,23 @@ def verify(captured: Captured, view: View, candidates: Sequence[Candidate],
 
     tolerance: what an approximation may change of a result, root mean square
     """
+    for c in candidates:
+        c.boundary = boundary(view, c.parts)
+    judged: dict[Any, Candidate] = {}
+    walk(captured, view, candidates,
+         lambda c, env: _judge(captured, view, c, env, judged, tolerance))
+
+
+def walk(captured: Captured, view: View, candidates: Sequence[Candidate],
+         visit: Callable[[Candidate, Mapping[fx.Node, Any]], None]) -> None:
+    """Run the author's graph once, with the substitutes in it, and visit every candidate whose
+    `boundary` is known at its end; the values of its boundary and of its result are there then."""
     at_end = {c.done.end: c for c in candidates}
     custom = {node: c for c in candidates if c.custom for node in c.done.emitted}
     graph = captured.graph
-    for c in candidates:
-        c.boundary = boundary(view, c.parts)
     last = _last_uses(graph, view, candidates)
     values = iter(captured.arguments(clone=True))
     env: dict[fx.Node, Any] = {}
-    judged: dict[Any, Candidate] = {}
     grad = torch.is_grad_enabled()
     with torch.random.fork_rng(devices=_cuda_devices(captured)), torch.no_grad():
         try:
@@ -141,9 +149,10 @@ def verify(captured: Captured, view: View, candidates: Sequence[Candidate],
                     if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
                         torch._C._set_grad_enabled(False)
                 if node in at_end and at_end[node].accepted:
-                    _judge(captured, view, at_end[node], env, judged, tolerance)
+                    visit(at_end[node], env)
                 for dead in last.get(node, ()):
-                    env.pop(dead, None)
+                    if not isinstance(env.get(dead), int):
+                        env.pop(dead, None)
         finally:
             torch._C._set_grad_enabled(grad)
 
@@ -170,7 +179,7 @@ def _last_uses(graph: fx.Graph, view: View,
     needed: dict[fx.Node, list[fx.Node]] = {}
     for c in candidates:
         needed.setdefault(c.done.end, []).extend(
-            [*(view.author[n] for n in c.boundary), c.done.result])
+            [*(view.author[n] for n in c.boundary), *c.done.inputs, c.done.result])
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         for used in itertools.chain(node.all_input_nodes, needed.get(node, ()), (node,)):
@@ -184,12 +193,15 @@ def _last_uses(graph: fx.Graph, view: View,
 def _judge(captured: Captured, view: View, c: Candidate, env: Mapping[fx.Node, Any],
            judged: dict[Any, Candidate], tolerance: float | None) -> None:
     original, new = env[c.done.end], env[c.done.result]
+    if new is None:
+        c.reason = "its function raises"
+        return
     if new.shape != original.shape or new.dtype != original.dtype:
         c.reason = (f"the rewrite must give {original.dtype} of shape {tuple(original.shape)}, "
                     f"got {new.dtype} of shape {tuple(new.shape)}")
         return
-    signature = _signature(c)
-    twin = judged.get(signature)
+    same = signature(c)
+    twin = judged.get(same)
     if twin is not None and twin.accepted and twin.bound is not None:
         slack = 3 * twin.bound / max(_size(original), 1e-300) * _size(original)
         error = _distance(new, original)
@@ -214,10 +226,11 @@ def _judge(captured: Captured, view: View, c: Candidate, env: Mapping[fx.Node, A
         if not c.custom:
             raise
         c.reason = f"its function or its gradient {fault(error)}"
-    judged[signature] = c
+    judged[same] = c
 
 
-def _signature(c: Candidate) -> Any:
+def signature(c: Candidate) -> Any:
+    """Equal for candidates with one program and one set of shapes."""
     texts = tuple((str(p.spec), p.shapes()) for p in c.parts)
     calls = tuple((str(n.target), tuple(a for a in n.args if not isinstance(a, fx.Node)).__repr__())
                   for n in c.done.emitted)

@@ -94,4 +94,5 @@ def measure(
             return block_lists.run(case, repeats)
         return run_case(case, optimize, repeats=repeats, compiled=compiled)
 
-    return measured(chosen([*every(quick), *block_lists.cases(quick, full)], cases), run, say)
+    rows: list[Case | block_lists.Lists] = [*every(quick), *block_lists.cases(quick, full)]
+    return measured(chosen(rows, cases), run, say)

@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
     optimize.add_argument("--html", metavar="FILE", help="also write the report as a page")
     optimize.add_argument("--redact", action="store_true", help=_REDACT)
     optimize.add_argument("--measure", action="store_true",
-                          help="time the model and what became of it")
+                          help="time the model and what became of it, whole and site by site")
 
     export = command(commands, "export", _export,
                      "save a program that needs torch alone",
@@ -98,7 +98,7 @@ def _optimize(options: argparse.Namespace) -> int:
             report = model.report
             accept(options, report)
             if options.measure:
-                report.measure()
+                report.measure(sites=True)
         if options.output:
             made = _write("program", given, options, model)
             report = report or made.report

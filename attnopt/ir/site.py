@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import fx
 
-KINDS = ("attention", "sampling", "reassociable")
+KINDS = ("attention", "sampling", "reassociable", "pattern")
 STATUSES = ("rewritten", "canonical", "kept")
 
 
@@ -53,6 +53,17 @@ class SiteRecord:
     code: str = ""
     #: the generated kernel, a key of the report's `kernels`
     kernel: str = ""
+    #: seconds of one call by the cost model; as measured, the author's and the rewritten site's
+    #: alone (`Report.measure(sites=True)`), with the median of their ratios and its 95 % interval
+    predicted_seconds: float | None = None
+    measured_original: float | None = None
+    measured_seconds: float | None = None
+    measured_speedup: float | None = None
+    measured_low: float | None = None
+    measured_high: float | None = None
+    #: share of the rate that the device's roofline allows, and which of its two bounds that is
+    roofline: float | None = None
+    roofline_bound: str = ""
     #: the rules that were tried, nearest first, as "rule: first condition that failed"
     tried: list[str] = field(default_factory=list)
 

@@ -49,7 +49,8 @@ def export_onnx(
     Args:
         model: a module, one that is optimised already, or an ExportedProgram.
         args, kwargs, dynamic_shapes: as for `torch.export.export`.
-        path: of the file; it appears whole or not at all.
+        path: of the file; it appears whole or not at all, from 1.5 GB of weights on with them in
+            `<path>.data` beside it.
         opset: version of the standard operators, 18 to 25. From 23 on there is an `Attention`.
         lowering: "auto", the form that costs least; "attention", one fused attention wherever it
             can say the same; "tiled", tiles wherever the mask allows; "dense", matrix products.
@@ -66,18 +67,18 @@ def export_onnx(
     """
     _check(opset, lowering, keep_functions, verify)
     from attnopt.agreement import original
-    from attnopt.files import whole_file
     from attnopt.onnx.check import compare
+    from attnopt.onnx.saving import save, whole_model
     from attnopt.program import exported
 
     target = Path(path)
-    with whole_file(target) as part:
+    with whole_model(target) as part:
         bodies = Bodies(lowering, keep_functions)
         with _quiet():
             program, report = exported(model, args, kwargs, dynamic_shapes,
                                        {**options, "backend": "aten"}, bodies.table())
             made, forms = _translate(program, args, dict(kwargs or {}), opset, bodies)
-        made.save(str(part))
+        save(made.model, part)
         found = OnnxReport.of(part, forms, report, opset)
         if verify:
             found = compare(found, part, original(model), program, args, dict(kwargs or {}))
@@ -102,12 +103,22 @@ def _check(opset: Any, lowering: Any, keep_functions: Any, verify: Any) -> None:
 def _translate(program: torch.export.ExportedProgram, args: tuple[Any, ...],
                kwargs: dict[str, Any], opset: int, bodies: Bodies) -> tuple[Any, list[Form]]:
     """The torch.onnx program, and the forms of its attentions."""
-    with torch.no_grad():
-        made = torch.onnx.export(program, args, kwargs=kwargs, dynamo=True, verbose=False,
-                                 opset_version=opset)
+    try:
+        with torch.no_grad():
+            made = torch.onnx.export(program, args, kwargs=kwargs, dynamo=True, verbose=False,
+                                     opset_version=opset)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise AttnOptError(untranslated(error)) from error
     if made is None:
         raise AttnOptError("torch.onnx.export gave nothing")
     return made, attach(made.model, bodies, opset)
+
+
+def untranslated(error: Exception) -> str:
+    """Why torch.onnx cannot write a program: its innermost cause, on one line."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return f"torch.onnx cannot write it: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def attach(model: Any, bodies: Bodies, opset: int) -> list[Form]:

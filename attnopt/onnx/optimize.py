@@ -25,13 +25,12 @@ from attnopt.agreement import allowed, distance
 from attnopt.errors import AttnOptError, OptionError, VerificationError
 from attnopt.onnx.bodies import Bodies
 from attnopt.onnx.drawing import draws, dynamic_axes, edge
-from attnopt.onnx.export import LOWERINGS, OPSETS, _check, _quiet, attach
+from attnopt.onnx.export import LOWERINGS, OPSETS, _check, _quiet, attach, untranslated
 from attnopt.onnx.read import Part, read
 from attnopt.onnx.regions import Region, regions, shared
 from attnopt.onnx.report import OnnxReport
+from attnopt.onnx.saving import save, whole_model
 from attnopt.report import Report
-
-_LARGEST = (1 << 31) - (1 << 20)
 
 
 def optimize(
@@ -49,7 +48,8 @@ def optimize(
     Args:
         model: the path of a file, or an onnx.ModelProto; opset 18 to 25, or 13 to 17, which are
             brought to 18 first.
-        path: of the new file; it appears whole or not at all.
+        path: of the new file; it appears whole or not at all, from 1.5 GB of weights on with them
+            in `<path>.data` beside it.
         inputs: arrays by name to run the model on, or several such; drawn where left out (numbers
             of a normal distribution, integers of 0 and 1, two sizes of each dynamic axis).
         lowering, keep_functions: as for `export_onnx`.
@@ -62,12 +62,10 @@ def optimize(
             written.
         AttnOptError: the model is no valid ONNX, or cannot be run on the inputs.
     """
-    from attnopt.files import whole_file
-
     _check(OPSETS[-1], lowering, keep_functions, verify)
     _check_options(model, lowering, options)
     target = Path(path)
-    with tempfile.TemporaryDirectory() as folder, whole_file(target) as part:
+    with tempfile.TemporaryDirectory() as folder, whole_model(target) as part:
         source = _source(model, Path(folder))
         given = common.ShapeInferencePass()(read(source)).model
         opset = given.opset_imports.get("", 0)
@@ -81,7 +79,8 @@ def optimize(
                 if reason:
                     kept.append(f"{region.anchor}: {reason}")
             forms = attach(given, bodies, opset)
-        _save(given, part)
+        common.RemoveUnusedNodesPass()(given)
+        save(given, part)
         report = OnnxReport.of(part, forms, Report(), opset, kept=kept)
         if verify:
             report = _compared(report, source, part, feeds, edge(given, inputs))
@@ -148,9 +147,12 @@ def _rewrite(model: ir.Model, region: Region, runs: list[dict[str, Tensor]], ops
     for fake, axes in zip(fakes, sizes, strict=True):
         if any(not isinstance(fake.shape[axis], torch.SymInt) for axis in axes):
             return "the rewritten attention would hold for one size only"
-    with torch.no_grad():
-        made = torch.onnx.export(program, examples[0], dynamo=True, verbose=False,
-                                 opset_version=opset)
+    try:
+        with torch.no_grad():
+            made = torch.onnx.export(program, examples[0], dynamo=True, verbose=False,
+                                     opset_version=opset)
+    except torch.onnx.errors.OnnxExporterError as error:
+        return untranslated(error)
     if made is None or made.model.opset_imports.get("") != opset:
         return f"torch does not write opset {opset}"
     _splice(model.graph, region, made.model.graph, len(model.graph))
@@ -198,7 +200,9 @@ def _session(path: Path, extra: Sequence[str] = ()) -> Any:
         if not extra:
             return onnxruntime.InferenceSession(str(path), settings,
                                                 providers=["CPUExecutionProvider"])
-        proto = onnx.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        settings.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
         held = {o.name for o in proto.graph.output}
         proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name)
                                   for name in extra if name not in held)
@@ -252,14 +256,6 @@ def _compared(report: OnnxReport, source: Path, part: Path, feeds: Sequence[Mapp
                 "the new file must compute what the model computes, got a difference of "
                 f"{gap:.1e} on {words}, allowed are {most:.1e}")
     return dataclasses.replace(report, errors=errors, bound=bound)
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    common.RemoveUnusedNodesPass()(model)
-    proto = ir.to_proto(ir.external_data.load_to_model(model))
-    if proto.ByteSize() > _LARGEST:
-        raise AttnOptError("the new file must be below 2 GB")
-    path.write_bytes(proto.SerializeToString())
 
 
 def _line(error: Exception) -> str:

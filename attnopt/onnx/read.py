@@ -37,8 +37,8 @@ def read(path: Path) -> ir.Model:
             raise AttnOptError("it has no graph")
     except Exception as error:
         raise AttnOptError(f"{path} is no valid ONNX: {_line(error)}") from error
-    for place in _locations(proto):
-        _check_location(place, path.parent)
+    for entries in _external(proto):
+        _check_external(entries, path.parent)
     try:
         onnx.checker.check_model(str(path))
         return ir.load(path)
@@ -46,24 +46,32 @@ def read(path: Path) -> ir.Model:
         raise AttnOptError(f"{path} is no valid ONNX: {_line(error)}") from error
 
 
-def _locations(message: Any) -> Iterator[str]:
+def _external(message: Any) -> Iterator[dict[str, str]]:
     """Where the tensors in a message say that their data is."""
     for field, value in message.ListFields():
         if field.name == "external_data":
-            yield from (entry.value for entry in value if entry.key == "location")
+            yield {entry.key: entry.value for entry in value}
         elif field.message_type is not None:
             for part in (value if isinstance(value, Iterable) else (value,)):
                 if hasattr(part, "ListFields"):
-                    yield from _locations(part)
+                    yield from _external(part)
 
 
-def _check_location(place: str, folder: Path) -> None:
+def _check_external(entries: Mapping[str, str], folder: Path) -> None:
+    place = entries.get("location", "")
     path = folder / place
     outside = os.path.isabs(place) or "\\" in place or ".." in Path(place).parts
     if outside or path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
         raise AttnOptError(f"external data must lie in the folder of the file, got {place!r}")
     if not path.is_file():
         raise AttnOptError(f"external data must be a file that exists, got {place!r}")
+    try:
+        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+    except ValueError as error:
+        raise AttnOptError(f"places in external data must be numbers, got {error}") from error
+    if end > path.stat().st_size:
+        raise AttnOptError(f"external data must reach to byte {end}, got {place!r} of "
+                           f"{path.stat().st_size} bytes")
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from attnopt.onnx.forms import Form
+from attnopt.onnx.saving import data_of
 from attnopt.report import Report
 
 
@@ -80,8 +80,7 @@ class OnnxReport:
 
 
 def _size(path: Path) -> int:
-    beside = [p for p in path.parent.glob(f"{path.name}.data") if p.is_file()]
-    return sum(os.path.getsize(p) for p in (path, *beside))
+    return sum(p.stat().st_size for p in (path, data_of(path)) if p.is_file())
 
 
 def shown(value: Any) -> str:

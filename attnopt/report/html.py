@@ -24,17 +24,20 @@ if TYPE_CHECKING:
 _DIFF_LINES = 400
 #: after a single dot that a name follows
 _DOT = re.compile(r"(?<=[^.][.])(?=[^.0-9])")
+_NOT_MEASURED = "not measured: report.measure(sites=True) measures every site alone"
 _STATUSES = ("rewritten", "canonical", "kept")
 
 
-def fragment(report: Report, diff_lines: int | None = _DIFF_LINES) -> str:
-    """One <div> with its style; `diff_lines` None shows the whole diff."""
+def fragment(report: Report, diff_lines: int | None = _DIFF_LINES, *, linked: bool = False
+             ) -> str:
+    """One <div> with its style; `diff_lines` None shows the whole diff, and `linked` goes from
+    sites to the kernels of the page."""
     rows = fold(report.sites)
     parts = [
         f"<style>{style()}</style>",
         f"<p class='title'>attnopt report: <b>{cut(table.title(report))}</b></p>",
         f"<p>{cut(counts_line(report.sites))}</p>",
-        _table(rows),
+        _table(rows, linked),
         _kept(rows),
         _canonical(rows),
         _section("Approximate, as asked for",
@@ -57,7 +60,7 @@ def cut(text: object, limit: int | None = None) -> str:
     return escape(printable(text, limit))
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], linked: bool) -> str:
     if not rows:
         return ""
     names, cells = table.used_columns(rows)
@@ -67,7 +70,7 @@ def _table(rows: Sequence[Row]) -> str:
         f"data-kind='{cut(row.first.kind, LONGEST)}' "
         f"data-rule='{cut(row.first.rule or 'none', LONGEST)}'><tr>"
         + "".join(_cell(n, c) for n, c in zip(names, texts, strict=True)) + "</tr>"
-        + _more(row, len(names)) + "</tbody>"
+        + _more(row, len(names), linked) + "</tbody>"
         for row, texts in zip(rows, cells, strict=True))
     return (f"<div class='scroll'><table><thead><tr>{head}</tr></thead>"
             f"{body}</table></div>")
@@ -87,7 +90,7 @@ def _breakable(text: str) -> str:
     return "<wbr>".join(escape(part) for part in _DOT.split(text))
 
 
-def _more(row: Row, span: int) -> str:
+def _more(row: Row, span: int, linked: bool) -> str:
     """A line that opens to what the table has no room for."""
     site = row.first
     paths = dict.fromkeys(s.path or "(model)" for s in row.sites)
@@ -100,8 +103,9 @@ def _more(row: Row, span: int) -> str:
         ("density", _share(site.density)),
         ("tile density", _share(site.tile_density)),
         ("tile", site.tile),
-        ("predicted", "" if site.predicted_speedup is None else
-         f"{site.predicted_speedup:.2f} times as fast as the author's"),
+        ("predicted", row.predicted),
+        ("measured", row.measured or (_NOT_MEASURED if site.status == "rewritten" else "")),
+        ("roofline", row.roofline and f"{row.roofline} of what the device allows"),
         ("reason", site.reason),
         ("error", _errors(row)),
         ("normal form", site.spec),
@@ -112,7 +116,9 @@ def _more(row: Row, span: int) -> str:
         return ""
     listed = "".join(f"<dt>{n}</dt><dd>{cut(t, 20 * LONGEST)}</dd>" for n, t in facts)
     if site.kernel:
-        listed += f"<dt>kernel</dt><dd><code>{cut(site.kernel, LONGEST)}</code></dd>"
+        key = f"<code>{cut(site.kernel, LONGEST)}</code>"
+        key = f"<a href='#kernel-{cut(site.kernel, LONGEST)}'>{key}</a>" if linked else key
+        listed += f"<dt>kernel</dt><dd>{key}</dd>"
     if site.picture:
         listed += f"<dt>mask</dt><dd>{pictures.figure(site)}</dd>"
     return (f"<tr class='more'><td colspan='{span}'><details><summary>details</summary>"

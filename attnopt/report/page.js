@@ -38,6 +38,10 @@
   const open = (state) => () => all("details").forEach((d) => { d.open = state; });
   one("expand").addEventListener("click", open(true));
   one("collapse").addEventListener("click", open(false));
+  all("a[href^='#kernel-']").forEach((link) => link.addEventListener("click", () => {
+    const kernel = one(link.getAttribute("href").slice(1));
+    if (kernel) kernel.open = true;
+  }));
   paint();
   filter();
 })();

@@ -35,7 +35,7 @@ def page(report: Report) -> str:
         f"<title>attnopt report: {title}</title>\n<style>{_file('page.css')}</style>\n"
         "</head>\n<body>\n<main>\n<header><h1>attnopt report</h1>"
         "<button type='button' id='theme' aria-pressed='false'>dark</button></header>\n"
-        f"{_controls(report)}\n{html.fragment(report, None)}\n"
+        f"{_controls(report)}\n{html.fragment(report, None, linked=True)}\n"
         f"<div class='attnopt'>{_graphs(report.graphs)}{_kernels(report)}</div>\n"
         f"</main>\n<script>{_file('page.js')}</script>\n</body>\n</html>\n")
 
@@ -102,6 +102,7 @@ def _kernels(report: Report) -> str:
         room -= len(shown)
         lines = "\n".join(map(cut, shown.splitlines()))
         more = f"\n... {len(text) - len(shown)} more characters" if len(shown) < len(text) else ""
-        items.append(f"<details><summary>kernel {cut(key, LONGEST)}</summary>"
+        name = cut(key, LONGEST)
+        items.append(f"<details id='kernel-{name}'><summary>kernel {name}</summary>"
                      f"<pre tabindex='0'>{lines}{more}</pre></details>")
     return f"<section><h2>Generated kernels</h2>{''.join(items)}</section>" if items else ""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from attnopt.report.report import Report
 
 #: what a site keeps besides its numbers
-_KEPT = frozenset({"kind", "status", "lowering", "tile", "shapes"})
+_KEPT = frozenset({"kind", "status", "lowering", "tile", "shapes", "roofline_bound"})
 _HIDDEN = "(redacted)"
 _PUBLIC = frozenset({"placeholder", "output", "attention", "deformable_attention"})
 #: leading words of a mask or a bias that name a form

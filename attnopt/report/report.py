@@ -29,6 +29,10 @@ from attnopt.report.text import printable
 from attnopt.timing import Comparison, compare
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
+#: (args, kwargs, repeats, threads) -> the sites of the same program with their times
+SiteTimes = Callable[[tuple[Any, ...], dict[str, Any], int, int], list[SiteRecord]]
+_MEASURED = ("measured_original", "measured_seconds", "measured_speedup", "measured_low",
+             "measured_high", "roofline", "roofline_bound")
 
 
 class Report:
@@ -74,6 +78,7 @@ class Report:
         self._original: Callable[[], Callable[..., Any] | None] = _nothing
         self._optimized: Callable[[], Callable[..., Any] | None] = _nothing
         self._example: Callable[[], Example | None] = _nothing
+        self._site_times: SiteTimes | None = None
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -159,13 +164,16 @@ class Report:
         original: Callable[..., Any],
         optimized: Callable[..., Any],
         example: Example | Callable[[], Example | None] | None = None,
+        sites: SiteTimes | None = None,
     ) -> None:
-        """Lend the two callables that `measure` compares, and the arguments of the capture.
+        """Lend the two callables that `measure` compares, the arguments of the capture, and what
+        times sites: (args, kwargs, repeats, threads) -> records with their times.
 
         Bound methods are held by weak reference, so that a report that was kept does not keep a
         model alive; other callables are held. `example` is (args, kwargs) or a function giving it.
         """
         self._original, self._optimized = _lend(original), _lend(optimized)
+        self._site_times = sites
         if callable(example):
             self._example = example
         else:
@@ -178,8 +186,14 @@ class Report:
         *,
         repeats: int = 30,
         threads: int = 1,
+        sites: bool = False,
     ) -> Comparison:
         """Time the original against the optimised module, call by call in turns.
+
+        sites: also time every rewritten site alone, its author's operations against what was put
+            in for them, on the tensors that these arguments bring to it: `measured_…` and
+            `roofline` of the sites. The model is captured once more for that. What layers share is
+            part of the time of each, so that a model may gain more than its sites do.
 
         Calls are real calls: in training mode they update statistics and draw dropout. Gradient
         mode and autocast are those of the caller. Without arguments the example of the capture is
@@ -207,7 +221,29 @@ class Report:
             lambda: original(*given, **named), lambda: optimized(*given, **named), repeats,
             threads=threads, device=_device(given, named))
         self.measurement = dataclasses.replace(result, fallbacks=self._misses() - missed)
+        if sites:
+            self._measure_sites(given, named, repeats, threads)
         return self.measurement
+
+    def _measure_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int,
+                       threads: int) -> None:
+        if self._site_times is None:
+            raise AttnOptError("sites cannot be measured: the report is not one of optimize()")
+        timed: dict[Any, list[SiteRecord]] = {}
+        for site in self._site_times(args, kwargs, repeats, threads):
+            if site.measured_seconds is not None:
+                timed.setdefault(_identity(site), []).append(site)
+        missing = 0
+        for site in (s for s in self.sites if s.status == "rewritten"):
+            found = timed.get(_identity(site))
+            if not found:
+                missing += 1
+                continue
+            other = found.pop(0)
+            for name in _MEASURED:
+                setattr(site, name, getattr(other, name))
+        if missing:
+            self.notes.append(f"{missing} rewritten sites could not be measured alone")
 
     def _misses(self) -> int:
         return sum(table.split_calls(self.calls)[1].values())
@@ -236,6 +272,11 @@ class Report:
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = self._from_fields(state)
         self.__dict__.update(fresh.__dict__)
+
+
+def _identity(site: SiteRecord) -> tuple[str, ...]:
+    """What a site of another capture of the same program has in common with it."""
+    return site.path, site.source, site.kind, site.lowering, site.shapes
 
 
 def _nothing() -> None:

@@ -11,15 +11,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnopt.ir.site import KINDS, STATUSES, SiteRecord
 from attnopt.report.text import printable
+from attnopt.timing import format_seconds
 
 #: differ from layer to layer without meaning anything, or are summed up in the row
-_VARYING = frozenset({"path", "node", "error", "error_original", "error_bound", "deviation"})
+_VARYING = frozenset({
+    "path", "node", "error", "error_original", "error_bound", "deviation", "measured_original",
+    "measured_seconds", "measured_speedup", "measured_low", "measured_high", "roofline",
+    "roofline_bound"})
 _FIELDS = tuple(f.name for f in dataclasses.fields(SiteRecord) if f.name not in _VARYING)
 #: an fx node's number, in a reason
 _NODE_NUMBER = re.compile(r"(?<=[A-Za-z])_\d+\b")
@@ -55,6 +60,37 @@ class Row:
         """The rule that came nearest and the first of its conditions that failed."""
         return nearest(self.first)
 
+    @property
+    def predicted(self) -> str:
+        """"1.20 ms, 3.10 times as fast as the author's": what the cost model says, or ""."""
+        site = self.first
+        return ", ".join(filter(None, (
+            "" if site.predicted_seconds is None else format_seconds(site.predicted_seconds),
+            "" if site.predicted_speedup is None else
+            f"{site.predicted_speedup:.2f} times as fast as the author's")))
+
+    @property
+    def measured(self) -> str:
+        """Seconds of a site alone, the author's and their ratio, the median over the sites that
+        were measured; or ""."""
+        middle = {name: _median([getattr(s, f"measured_{name}") for s in self.sites])
+                  for name in ("seconds", "original", "speedup", "low", "high")}
+        if middle["seconds"] is None:
+            return ""
+        text = format_seconds(middle["seconds"])
+        if middle["original"] is not None and middle["speedup"] is not None:
+            text += f", the author's {format_seconds(middle['original'])}: {middle['speedup']:.2f}x"
+        if middle["low"] is not None and middle["high"] is not None:
+            text += f" ({middle['low']:.2f}x to {middle['high']:.2f}x)"
+        return text
+
+    @property
+    def roofline(self) -> str:
+        """"45% (compute)": of the rate that the device allows, or ""."""
+        share = _median([s.roofline for s in self.sites])
+        bound = self.first.roofline_bound
+        return "" if share is None else f"{100 * share:.3g}%{f' ({bound})' if bound else ''}"
+
     def cells(self) -> dict[str, str]:
         """Text of each of COLUMNS, "" where there is nothing to say."""
         site = self.first
@@ -81,6 +117,11 @@ class Row:
 def _largest(errors: Sequence[float | None]) -> float | None:
     known = [e for e in errors if e is not None]
     return math.nan if any(map(math.isnan, known)) else max(known, default=None)
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.median(known) if known else None
 
 
 def _number(error: float | None, form: str = "{}") -> str:

@@ -35,6 +35,7 @@ def render(report: Report, total: int = WIDTH) -> str:
         canonical(rows, say),
         approximate(rows, say),
         memory(rows, say),
+        measured(rows, say),
         summary(report, say),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -136,6 +137,20 @@ def memory(rows: Sequence[Row], say: Say) -> list[str]:
         lines += say(printable(path, LONGEST), "  ")
         lines += say(printable(text, 2 * LONGEST), "    ")
     return ["Memory, as preferred to speed:", *lines] if lines else []
+
+
+def measured(rows: Sequence[Row], say: Say) -> list[str]:
+    """Predicted against measured times of the rows that were measured."""
+    lines: list[str] = []
+    for row in (r for r in rows if r.measured):
+        lines += say(printable(row.path, LONGEST), "  ")
+        told = [f"measured {row.measured}"]
+        if row.predicted:
+            told.insert(0, f"predicted {row.predicted}")
+        if row.roofline:
+            told.append(f"{row.roofline} of the roofline")
+        lines += say("; ".join(told), "    ")
+    return ["Measured, each site alone:", *lines] if lines else []
 
 
 def approximate(rows: Sequence[Row], say: Say) -> list[str]:

@@ -96,7 +96,8 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], total: int = W
     """
     table = [[cell.split("\n") for cell in row] for row in (header, *rows)]
     by_column = [[line for row in table for line in row[i]] for i in range(len(header))]
-    sizes = _fit(by_column, total - 2 * (len(header) - 1))
+    least = [max(map(width, lines)) for lines in table[0]]
+    sizes = _fit(by_column, least, total - 2 * (len(header) - 1))
     lines = _line(table[0], sizes)
     lines.append("  ".join("-" * s for s in sizes))
     for row in table[1:]:
@@ -104,9 +105,8 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], total: int = W
     return lines
 
 
-def _fit(by_column: list[list[str]], room: int) -> list[int]:
+def _fit(by_column: list[list[str]], least: list[int], room: int) -> list[int]:
     sizes = [min(max(map(width, texts)), room) for texts in by_column]
-    least = [width(texts[0]) for texts in by_column]
 
     @functools.cache
     def cost(i: int, size: int) -> int:

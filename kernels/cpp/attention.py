@@ -117,6 +117,7 @@ class Attention:
         self.varies = bool(spec.mask.axes - {"q", "k"})
         self.kernels: dict[Any, Kernel | None] = {}
         self.tiles: dict[Any, Tile | None] = {}
+        self.mapped: dict[Any, bool] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
                  ) -> Tensor | None:
@@ -133,18 +134,33 @@ class Attention:
                 places: Places) -> Tensor | None:
         """The same of windows of maps: query (S, H, T, D), key and value likewise, the operands
         those of all windows. Only the kernel for few keys does it."""
-        tile, (windows, rows) = self.tile, places.tokens.shape
+        tile = self.tile
+        if tile is None or not self.possible or query.device.type != "cpu":
+            return None
+        known = (places.tokens.shape, places.length, integers.values_of(self.spec, operands),
+                 *[(t.shape, t.stride(), t.dtype, t.device) for t in operands],
+                 *[(t.shape, t.dtype) for t in (query, key, value)])
+        taken = self.mapped.get(known)
+        if taken is None:
+            if len(self.mapped) >= _REMEMBERED:
+                self.mapped.clear()
+            taken = self.mapped[known] = self.takes_maps(query, key, value, operands, places)
+        run = self.kernel(tile, query, key, value, operands) if taken else None
+        return None if run is None else run(query, key, value, operands, places=places)
+
+    def takes_maps(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor],
+                   places: Places) -> bool:
+        """Whether the kernel computes these tensors of maps, which their shapes, strides and types
+        and the largest whole numbers decide."""
+        windows, rows = places.tokens.shape
         shapes = [(t.shape[0] * windows, t.shape[1], rows, t.shape[3])
                   for t in (query, key, value) if t.dim() == 4 and t.shape[2] == places.length]
-        if tile is None or not self.possible or len(shapes) < 3:
-            return None
+        if len(shapes) < 3:
+            return False
         inside = [t.new_empty(()).expand(s) for t, s in zip((query, key, value), shapes,
                                                             strict=True)]
-        if not self.takes(inside[0], inside[1], inside[2], operands) \
-                or self.given(inside[0], inside[1]) is None:
-            return None
-        run = self.kernel(tile, query, key, value, operands)
-        return None if run is None else run(query, key, value, operands, places=places)
+        return self.takes(inside[0], inside[1], inside[2], operands) \
+            and self.given(inside[0], inside[1]) is not None
 
     def with_lse(self, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]
                  ) -> tuple[Tensor, Tensor] | None:

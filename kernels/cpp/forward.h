@@ -101,7 +101,7 @@ static void tile(const Call& call, const Entry& entry, Buffers& b, const int32_t
     vi kept[NB];
     vf top = vec(-INF);
     //@row
-#pragma GCC unroll 16
+    //@unrolled
     for (int j = 0; j < NB; j++) {
       const auto column = COLUMN(j);
       const vi index_k = keys_at(column);

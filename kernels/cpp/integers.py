@@ -21,15 +21,21 @@ _UNKNOWN = 2**26
 def fits(spec: Spec, leads: Sequence[int], queries: int, keys: int, value_dim: int,
          operands: Sequence[Tensor]) -> bool:
     """Whether no integer of the Spec's expressions can leave 32 bits at these lengths."""
-    values = tuple((o.slot, _largest(t)) for o, t in zip(spec.operands, operands, strict=True)
-                   if not t.is_floating_point() and t.dtype != torch.bool)
     lengths = (*zip(leading_axes(len(leads)), leads, strict=True), ("q", queries), ("k", keys),
                ("d", value_dim))
-    return _bound(spec, lengths, values) <= LARGEST
+    return _bound(spec, lengths, values_of(spec, operands)) <= LARGEST
+
+
+def values_of(spec: Spec, operands: Sequence[Tensor]) -> tuple[tuple[str, int], ...]:
+    """Whole-number operands, and what no entry of them exceeds."""
+    return tuple((o.slot, _largest(t)) for o, t in zip(spec.operands, operands, strict=True)
+                 if not t.is_floating_point() and t.dtype != torch.bool)
 
 
 def _largest(tensor: Tensor) -> int:
     """The next power of two of the largest magnitude, so that few bounds are computed."""
+    if not tensor.numel():
+        return 0
     low, high = (int(n) for n in tensor.aminmax())
     return 1 << max(abs(low), abs(high)).bit_length()
 

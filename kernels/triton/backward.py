@@ -29,9 +29,10 @@ from attnopt.ir.derivative import derivative
 from attnopt.ir.spec import Spec
 from attnopt.kernels.triton.backward_kernels import GradKey, GradQuery, GradTile, RowDots
 from attnopt.kernels.triton.backward_tables import GradTable, gathers
-from attnopt.kernels.triton.body import Body
+from attnopt.kernels.triton.body import Body, inner_leaves
 from attnopt.kernels.triton.layout import Signature, Source, module
 from attnopt.kernels.triton.plan import Plan
+from attnopt.kernels.triton.scores import WEIGHT
 
 _POSITIVE = ("sigmoid", "relu", "softplus", "exp")
 
@@ -40,8 +41,6 @@ def reasons(spec: Spec) -> list[str]:
     """Why the backward kernels do not serve a Spec; empty where they do."""
     found = []
     plan = Plan(spec, Signature((), (), (), ()))
-    if spec.score != "dot":
-        found.append(f"the gradient is made for scores that are dot products, got {spec.score}")
     if plan.edits:
         found.append("the gradient is not made for edited weights")
     if any(leaf.op == "stat" for leaf in spec.output.leaves):
@@ -58,9 +57,10 @@ def reasons(spec: Spec) -> list[str]:
 
 
 def kinds(spec: Spec, slots: frozenset[str], leading: tuple[str, ...]) -> dict[str, str] | None:
-    """How the gradient of each operand is found: "row", "column", "tile", "table" or "sink".
+    """How the gradient of each operand is found: "row", "column", "tile", "table", "factor" (of
+    low-rank terms), "weight" (of an additive score) or "sink".
 
-    None where one of them has no kernel: factors of a low-rank term.
+    None where one of them has no kernel: it enters in several of these ways.
     """
     found = {}
     for slot in sorted(slots):
@@ -74,10 +74,16 @@ def kinds(spec: Spec, slots: frozenset[str], leading: tuple[str, ...]) -> dict[s
                 return None
             found[slot] = "sink"
             continue
-        if leaf not in spec.logits.leaves:
-            if not gathers(spec, slot):
+        if slot == WEIGHT and spec.score == "additive":
+            if slot in spec.logits.slots:
                 return None
-            found[slot] = "table"
+            found[slot] = "weight"
+            continue
+        if leaf not in spec.logits.leaves:
+            kind = "factor" if any(sides(spec, slot)) else "table" if gathers(spec, slot) else ""
+            if not kind:
+                return None
+            found[slot] = kind
             continue
         if any(x.op in ("load", "inner") and slot in x.slots and x is not leaf
                for x in spec.logits.leaves):
@@ -85,6 +91,19 @@ def kinds(spec: Spec, slots: frozenset[str], leading: tuple[str, ...]) -> dict[s
         axes = spec.operand(slot).axes or ()
         found[slot] = ("tile" if {"q", "k"} <= set(axes) else "column" if "k" in axes else "row")
     return found
+
+
+def sides(spec: Spec, slot: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers of the low-rank terms of which a slot is the factor along q, and along k.
+
+    None at all where it enters the logits in another way, too.
+    """
+    if any(slot in x.slots for x in spec.logits.leaves if x.op != "inner"):
+        return (), ()
+    pairs = [x.value for x in inner_leaves(spec)]
+    left, right = (tuple(i for i, pair in enumerate(pairs) if pair[side] == slot)
+                   for side in (0, 1))
+    return left, right
 
 
 @functools.lru_cache(maxsize=256)
@@ -98,9 +117,13 @@ def backward(spec: Spec, signature: Signature, by_keys: Signature, wanted: tuple
     found = kinds(spec, frozenset(wanted), signature.axes) or {}
     rows = tuple(s for s in wanted if found.get(s) == "row")
     columns = tuple(s for s in wanted if found.get(s) == "column")
+    lefts, rights = ({s: sides(spec, s)[side] for s in wanted if found.get(s) == "factor"
+                      and sides(spec, s)[side]} for side in (0, 1))
     runs = dataclasses.replace(signature, lists=None, grid=0)
-    bodies: list[Body] = [RowDots(spec, runs), GradQuery(spec, signature, rows),
-                          GradKey(spec, by_keys, columns)]
+    bodies: list[Body] = [
+        RowDots(spec, runs),
+        GradQuery(spec, signature, rows, lefts, "weight" in found.values()),
+        GradKey(spec, by_keys, columns, rights)]
     bodies += [GradTile(spec, runs, s) for s in wanted if found.get(s) == "tile"]
     bodies += [GradTable(spec, runs, s) for s in wanted if found.get(s) == "table"]
     return module("Attention, backward, generated.", spec, [b.kernel for b in bodies])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from attnopt.ir import expr as E
 from attnopt.ir.derivative import derivative
 from attnopt.ir.spec import Spec
-from attnopt.kernels.triton.body import Body
 from attnopt.kernels.triton.layout import Signature
 from attnopt.kernels.triton.plan import LOG2E, Plan
 from attnopt.kernels.triton.printer import TritonPrinter
+from attnopt.kernels.triton.scores import Scores
 from attnopt.kernels.triton.steps import CONSTANTS
 
 
@@ -19,21 +21,29 @@ def shared_axes(signature: Signature, columns: bool) -> tuple[str, ...]:
     return tuple(a for a in signature.axes if a not in signature.key)
 
 
-class Backward(Body):
-    """The weights of a tile and the gradient of its logits.
+#: by slot of a factor, the numbers of the low-rank terms that it is part of
+Factors = Mapping[str, tuple[int, ...]]
 
-    `across`: the tile is transposed, keys by queries, as dK and dV want it
-    """
 
-    across = False
+def wanted(factors: Factors) -> list[int]:
+    """The terms of which these are factors."""
+    return sorted({i for of in factors.values() for i in of})
+
+
+class Backward(Scores):
+    """The weights of a tile and the gradient of its logits; dK and dV want it transposed."""
 
     def __init__(self, spec: Spec, signature: Signature, name: str, title: str) -> None:
         super().__init__(spec, signature, name, title, CONSTANTS)
         self.plan = Plan(spec, signature)
         self.slope = derivative(spec.logits, E.score)
 
-    def leaves(self, printer: TritonPrinter, slots: tuple[str, ...]) -> dict[str, str]:
-        """Print logits, mask, and the derivatives that are asked for; their names."""
+    def leaves(self, printer: TritonPrinter, slots: tuple[str, ...],
+               inners: Iterable[int] = ()) -> dict[str, str]:
+        """Print logits, mask, and the derivatives that are asked for; their names.
+
+        inners: numbers of low-rank terms, whose derivatives are under "inner <number>"
+        """
         k, spec = self.kernel, self.spec
         names = {"x": k.cells(printer, self.plan.inside, self.shape)}
         if spec.mask.predicate() is not E.TRUE:
@@ -42,11 +52,9 @@ class Backward(Body):
             names["slope"] = printer(self.slope)
         for slot in slots:
             names[f"to_{slot}"] = printer(derivative(spec.logits, E.load(slot)))
+        for i in inners:
+            names[f"inner {i}"] = printer(derivative(spec.logits, self.inners[i]))
         return names
-
-    @property
-    def shape(self) -> str:
-        return "(BN, BM)" if self.across else "(BM, BN)"
 
     def by_row(self, name: str) -> str:
         return f"{name}[None, :]" if self.across else f"{name}[:, None]"
@@ -85,24 +93,24 @@ class Backward(Body):
         k.indices("lead", axes)
         k.add("""
             rows = first + tl.arange(0, BM)
+            columns = there + tl.arange(0, BN)
             q = rows[:, None]
             q_inside = tl.minimum(q, size_q - 1)
-            k = (there + tl.arange(0, BN))[None, :]
+            k = columns[None, :]
         """)
 
     def tiles(self) -> None:
         """Load such a tile's rows of all tensors; its scores."""
         k, signature = self.kernel, self.signature
-        for name, axes, axis, place, rows, width in (
-                ("query", signature.query, "q", "first", "BM", "D"),
-                ("grad", signature.axes, "q", "first", "BM", "V"),
-                ("key", signature.key, "k", "there", "BN", "D"),
-                ("value", signature.value, "k", "there", "BN", "V")):
+        for axis, place, count, name, axes in (
+                ("q", "first", "BM", "grad", signature.axes),
+                ("k", "there", "BN", "value", signature.value)):
+            self.own_rows(axis, place)
             k.add(f"{name}_here = {k.here(name, axes)}")
-            k.tile(f"{name}_tile", name, (), axis, place, False, rows, width, descriptor=False)
+            k.tile(f"{name}_tile", name, (), axis, place, False, count, "V", descriptor=False)
         self.row_pointers()
         self.row_values()
-        k.add("score = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)")
+        self.raw_scores(E.score in self.plan.inside.leaves)
         for i, leaf in enumerate(self.inners):
             self.factor(i, leaf)
             k.add([f"right{i} = {self.factor_tile(i, leaf.value[1], 'k', 'there', False)}",
@@ -141,6 +149,14 @@ class Backward(Body):
     def inside(self, names: dict[str, str]) -> str:
         bounds = f"(k < {self.kernel.size('k')}) & (q < {self.kernel.size('q')})"
         return f"{names['keep']} & {bounds}" if "keep" in names else bounds
+
+    def add_factors(self, own: str, other: str, factors: Factors, names: dict[str, str],
+                    depth: int) -> None:
+        """What a tile adds to the gradients of factors: of left @ right^T, dL = dI @ R."""
+        self.kernel.add(
+            [f"{own}_sum_{slot} = tl.dot(tl.cast(dx * {names[f'inner {i}']}, {other}{i}.dtype), "
+             f"{other}{i}, {own}_sum_{slot}, input_precision=PRECISION)"
+             for slot, of in factors.items() for i in of], depth)
 
     def of_score(self, names: dict[str, str], depth: int) -> None:
         if "slope" in names:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
+from attnopt.ir import expr as E
 from attnopt.ir.spec import Spec
-from attnopt.kernels.triton.backward_body import Backward, shared_axes
+from attnopt.kernels.triton.backward_body import Backward, Factors, shared_axes, wanted
 from attnopt.kernels.triton.body import Body
 from attnopt.kernels.triton.intervals import Visits
 from attnopt.kernels.triton.layout import Signature
@@ -27,8 +30,13 @@ class RowDots(Body):
 
 
 class GradQuery(Backward):
-    def __init__(self, spec: Spec, signature: Signature, slots: tuple[str, ...]) -> None:
+    """slots: operands that do not vary along k; factors: of low-rank terms, those along q, by slot
+    the numbers of the terms; weight: that of an additive score, too"""
+
+    def __init__(self, spec: Spec, signature: Signature, slots: tuple[str, ...] = (),
+                 factors: Factors = MappingProxyType({}), weight: bool = False) -> None:
         super().__init__(spec, signature, "grad_query", "dQ of one tile of queries.")
+        self.slots, self.factors, self.weight = slots, factors, weight
         k, axes = self.kernel, signature.axes
         visits = Visits(k, spec, "q")
         k.add(f"own_tiles = {k.tiles('q')}\nown_tile = tl.program_id(0) % own_tiles")
@@ -38,42 +46,53 @@ class GradQuery(Backward):
         k.indices("lead", axes)
         k.place("q", "first", "own_tile")
         k.add("q = rows[:, None]\nq_inside = tl.minimum(q, size_q - 1)")
-        k.add([f"query_here = {k.here('query', signature.query)}",
-               f"grad_here = {k.here('grad', axes)}"])
-        k.tile("query_tile", "query", (), "q", "first", False, "BM", "D", descriptor=False)
+        self.own_rows("q")
+        k.add(f"grad_here = {k.here('grad', axes)}")
         k.tile("grad_tile", "grad", (), "q", "first", False, "BM", "V", descriptor=False)
-        self.matrix("key", signature.key)
+        self.matrix_of("k")
         self.matrix("value", signature.value)
         for i, leaf in enumerate(self.inners):
             self.factor(i, leaf)
         self.row_pointers()
         self.row_values()
         printer = self.printer("v")
-        names = self.leaves(printer, slots)
+        names = self.leaves(printer, slots, wanted(factors))
         k.add(printer.take("head") + printer.take("row"))
         k.uses(printer)
         visits.setup(self.printer("n"))
-        k.add("grad_query_tile = tl.zeros([BM, DP], tl.float32)")
+        if spec.score != "key":
+            k.add("grad_query_tile = tl.zeros([BM, DP], tl.float32)")
         k.add([f"sum_{slot} = tl.zeros([BM], tl.float32)" for slot in slots])
+        k.add([f"left_sum_{slot} = tl.zeros([BM, R{of[0]}P], tl.float32)"
+               for slot, of in factors.items()])
+        k.add(["weight_sum = tl.zeros([DP], tl.float32)"] if weight else [])
         lines = printer.take("column") + printer.take("cell")
         for full, opening, tile in visits.loops():
             depth = int(visits.edge and not full)
             k.add(["if RAGGED:"] if depth else [])
             k.add(opening, depth)
-            self.step(full, tile, lines, names, slots, depth + 1)
-        self.store("grad_query", self.times_slope("grad_query_tile"), "rows", "q", "D", axes)
+            self.step(full, tile, lines, names, depth + 1)
+        if spec.score != "key":
+            self.store("grad_query", self.times_slope("grad_query_tile"), "rows", "q", "D", axes)
         for slot in slots:
             k.add(f"sum_{slot}_here = {k.here(f'grad_{slot}', axes)}")
             k.add(f"tl.store(sum_{slot}_here + rows, sum_{slot}, mask=rows < size_q)")
+        for slot, of in factors.items():
+            self.store(f"left_grad_{slot}", f"left_sum_{slot}", "rows", "q", f"R{of[0]}", axes)
+        if weight:
+            place = k.argument("grad_weight", "pointer", "grad_weight")
+            k.add("channels = tl.arange(0, DP)")
+            k.add(f"tl.store({place} + tl.program_id(0) * D + channels, "
+                  f"{self.times_slope('weight_sum')}, mask=channels < D)")
 
-    def step(self, full: bool, tile: str, lines: list[str], names: dict[str, str],
-             slots: tuple[str, ...], depth: int) -> None:
-        k, signature = self.kernel, self.signature
+    def step(self, full: bool, tile: str, lines: list[str], names: dict[str, str], depth: int
+             ) -> None:
+        k, signature, slots = self.kernel, self.signature, self.slots
         k.place("k", "there", tile, depth)
         k.add("k = columns[None, :]", depth)
-        k.tile("key_tile", "key", signature.key, "k", "there", full, "BN", "D", depth=depth)
+        self.rows_of("k", full, depth)
         k.tile("value_tile", "value", signature.value, "k", "there", full, "BN", "V", depth=depth)
-        k.add("score = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)", depth)
+        self.raw_scores(E.score in self.plan.inside.leaves, depth)
         for i, leaf in enumerate(self.inners):
             k.add([f"right{i} = {self.factor_tile(i, leaf.value[1], 'k', 'there', full)}",
                    f"inner{i} = tl.dot(left{i}, tl.trans(right{i}), input_precision=PRECISION)"],
@@ -83,53 +102,65 @@ class GradQuery(Backward):
         k.add("dw = tl.dot(grad_tile, tl.trans(value_tile), input_precision=PRECISION)", depth)
         self.gradient(full, names, depth)
         k.add([f"sum_{slot} += tl.sum(dx * {names[f'to_{slot}']}, 1)" for slot in slots], depth)
+        self.add_factors("left", "right", self.factors, names, depth)
         self.of_score(names, depth)
-        k.add("grad_query_tile = tl.dot(tl.cast(dx, key_tile.dtype), key_tile, grad_query_tile, "
-              "input_precision=PRECISION)", depth)
+        self.add_slopes("grad_query_tile", depth)
+        if self.weight:
+            self.add_weights("weight_sum", depth)
 
 
 class GradKey(Backward):
+    """slots: operands that vary along k alone; factors: of low-rank terms, those along k"""
+
     across = True
 
-    def __init__(self, spec: Spec, signature: Signature, slots: tuple[str, ...]) -> None:
+    def __init__(self, spec: Spec, signature: Signature, slots: tuple[str, ...] = (),
+                 factors: Factors = MappingProxyType({})) -> None:
         super().__init__(spec, signature, "grad_key", "dK and dV of one tile of keys.")
+        self.slots, self.factors = slots, factors
         k = self.kernel
-        shared = shared_axes(signature, bool(slots))
+        shared = shared_axes(signature, bool(slots or factors))
         own = tuple(a for a in signature.axes if a not in shared)
         k.add(f"own_tiles = {k.tiles('k')}")
         k.add("own_tile = tl.program_id(0) % own_tiles\nlead = tl.program_id(0) // own_tiles")
         k.indices("lead", own)
         k.place("k", "first", "own_tile")
         k.add("k = columns[:, None]")
-        for name, width in (("key", "D"), ("value", "V")):
-            k.add(f"{name}_here = {k.here(name, getattr(signature, name))}")
-            k.tile(f"{name}_tile", name, (), "k", "first", False, "BN", width, descriptor=False)
-        k.add("grad_key_tile = tl.zeros([BN, DP], tl.float32)\n"
-              "grad_value_tile = tl.zeros([BN, VP], tl.float32)")
+        self.own_rows("k")
+        k.add(f"value_here = {k.here('value', signature.value)}")
+        k.tile("value_tile", "value", (), "k", "first", False, "BN", "V", descriptor=False)
+        if spec.score != "key":
+            k.add("grad_key_tile = tl.zeros([BN, DP], tl.float32)")
+        k.add("grad_value_tile = tl.zeros([BN, VP], tl.float32)")
         k.add([f"sum_{slot} = tl.zeros([BN], tl.float32)" for slot in slots])
+        k.add([f"right_sum_{slot} = tl.zeros([BN, R{of[0]}P], tl.float32)"
+               for slot, of in factors.items()])
         start = len(k.lines)
         if shared:
             k.indices("member", shared)
-        self.walk(slots)
+        self.walk()
         if shared:
             count = " * ".join(k.size(a) for a in shared)
             k.lines[start:] = [f"for member in tl.range(0, {count}, num_stages=1):",
                                *("    " + line for line in k.lines[start:])]
-        self.store("grad_key", self.times_slope("grad_key_tile"), "columns", "k", "D", own)
+        if spec.score != "key":
+            self.store("grad_key", self.times_slope("grad_key_tile"), "columns", "k", "D", own)
         self.store("grad_value", "grad_value_tile", "columns", "k", "V", own)
         for slot in slots:
             k.add(f"sum_{slot}_here = {k.here(f'grad_{slot}', own)}")
             k.add(f"tl.store(sum_{slot}_here + columns, sum_{slot}, mask=columns < size_k)")
+        for slot, of in factors.items():
+            self.store(f"right_grad_{slot}", f"right_sum_{slot}", "columns", "k", f"R{of[0]}", own)
 
-    def walk(self, slots: tuple[str, ...]) -> None:
+    def walk(self) -> None:
         """Over the queries of one head."""
         k, signature = self.kernel, self.signature
         visits = Visits(k, self.spec, "k")
-        self.matrix("query", signature.query)
+        self.matrix_of("q")
         self.matrix("grad", signature.axes)
         self.row_pointers()
         printer = self.printer("v")
-        names = self.leaves(printer, slots)
+        names = self.leaves(printer, self.slots, wanted(self.factors))
         inside = f"k < {k.size('k')}"
         k.add(masked(printer.take("head") + printer.take("column"), inside))
         k.uses(printer)
@@ -139,17 +170,16 @@ class GradKey(Backward):
         lines = masked(printer.take("row") + printer.take("cell"), inside)
         for full, opening, tile in visits.loops():
             k.add(opening)
-            self.step(full, tile, lines, names, slots)
+            self.step(full, tile, lines, names)
 
-    def step(self, full: bool, tile: str, lines: list[str], names: dict[str, str],
-             slots: tuple[str, ...]) -> None:
+    def step(self, full: bool, tile: str, lines: list[str], names: dict[str, str]) -> None:
         k, signature = self.kernel, self.signature
         k.place("q", "there", tile, 1)
         k.add(["q = rows[None, :]", f"q_inside = tl.minimum(q, {k.size('q')} - 1)"], 1)
-        k.tile("query_tile", "query", signature.query, "q", "there", full, "BM", "D", depth=1)
+        self.rows_of("q", full, 1)
         k.tile("grad_tile", "grad", signature.axes, "q", "there", full, "BM", "V", depth=1)
         self.row_values(1)
-        k.add("score = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)", 1)
+        self.raw_scores(E.score in self.plan.inside.leaves, 1)
         for i, leaf in enumerate(self.inners):
             k.add([f"left{i} = {self.factor_tile(i, leaf.value[0], 'q', 'there', full)}",
                    f"inner{i} = tl.dot(right{i}, tl.trans(left{i}), input_precision=PRECISION)"], 1)
@@ -159,10 +189,10 @@ class GradKey(Backward):
         self.gradient(full, names, 1)
         k.add("grad_value_tile = tl.dot(tl.cast(p, grad_tile.dtype), grad_tile, grad_value_tile, "
               "input_precision=PRECISION)", 1)
-        k.add([f"sum_{slot} += tl.sum(dx * {names[f'to_{slot}']}, 1)" for slot in slots], 1)
+        k.add([f"sum_{slot} += tl.sum(dx * {names[f'to_{slot}']}, 1)" for slot in self.slots], 1)
+        self.add_factors("right", "left", self.factors, names, 1)
         self.of_score(names, 1)
-        k.add("grad_key_tile = tl.dot(tl.cast(dx, query_tile.dtype), query_tile, grad_key_tile, "
-              "input_precision=PRECISION)", 1)
+        self.add_slopes("grad_key_tile", 1)
 
 
 class GradTile(Backward):

@@ -21,6 +21,7 @@ from attnopt.kernels.triton.resources import (
     backward_resources,
     forward_resources,
 )
+from attnopt.kernels.triton.scores import BY_CHANNEL, WEIGHT
 from attnopt.kernels.triton.tiles import default, gradient_tile
 
 PATH = Path(__file__).with_name("budget.json")
@@ -32,6 +33,8 @@ _PADDING = Operand("padding", ("b", "k"), E.BOOL, "mask")
 _BIAS = Operand("bias", ("h", "q", "k"), role="bias")
 _IDS = tuple(Operand(name, ("b", axis), E.INT, "mask")
              for name, axis in (("query_ids", "q"), ("key_ids", "k")))
+_FACTORS = tuple(Operand(name, ("h", axis), role="factor")
+                 for name, axis in (("left", "q"), ("right", "k")))
 SPECS = {
     "plain": Spec(logits=_SCALED),
     "causal": Spec(logits=_SCALED, mask=Causal()),
@@ -44,18 +47,24 @@ SPECS = {
                       empty_row="zero", operands=_IDS),
     "image": Spec(logits=_SCALED, mask=Neighborhood((80, 80), length=(256, 256))),
     "video": Spec(logits=_SCALED, mask=Neighborhood((18, 24, 24), length=(30, 48, 80))),
+    "low rank": Spec(logits=_SCALED + E.inner("left", "right"), operands=_FACTORS),
+    "distance": Spec(score="distance", logits=E.score * -0.125),
+    "additive": Spec(score="additive", operands=(Operand(WEIGHT, None, role="score"),)),
 }
+#: operands whose gradient the backward kernels find, too
+WANTED = {"low rank": ("left", "right"), "additive": (WEIGHT,)}
 #: of the specs that have lists of tiles, the leading axes along which these vary; and the tokens of
 #: a grid, of which the tiles are boxes
 LISTS = {"documents": ("b",), "image": (), "video": ()}
 TOKENS = {"image": 256 * 256, "video": 30 * 48 * 80}
+_OTHERS = ("low rank", "distance", "additive")
 #: name: (target, kernel, spec, head_dim)
 CONFIGS = {
     f"{target} {kernel} {spec} {width}": (target, kernel, spec, width)
     for target in TARGETS for kernel, specs in (
-        ("forward", ("plain", "causal", "bias", "softcap", *LISTS)),
-        ("grad_query", ("causal", "softcap", "documents")),
-        ("grad_key", ("causal", "softcap", "documents")))
+        ("forward", ("plain", "causal", "bias", "softcap", *LISTS, *_OTHERS)),
+        ("grad_query", ("causal", "softcap", "documents", *_OTHERS)),
+        ("grad_key", ("causal", "softcap", "documents", *_OTHERS)))
     for spec in specs for width in (64, 128)}
 
 
@@ -63,12 +72,14 @@ def measure(name: str) -> Resources:
     """Compile one configuration of CONFIGS. Raises KernelError where it does not compile."""
     target, kernel, text, width = CONFIGS[name]
     spec, lists, tokens = SPECS[text], LISTS.get(text), TOKENS.get(text)
-    tile = (default(target, width, width, listed=lists is not None) if kernel == "forward" else
-            gradient_tile(target, width, width, 2, kernel.removeprefix("grad_")))
+    by_channel = spec.score in BY_CHANNEL
+    tile = (default(target, width, width, 2, lists is not None, by_channel) if kernel == "forward"
+            else gradient_tile(target, width, width, 2, kernel.removeprefix("grad_"), by_channel))
     boxes = boxes_of(spec.mask, tokens, tokens, tile.rows, tile.keys) if tokens else None
     if kernel == "forward":
         return forward_resources(spec, tile, target, width, lists=lists, boxes=boxes)
-    return backward_resources(spec, kernel, tile, target, width, lists=lists, boxes=boxes)
+    return backward_resources(spec, kernel, tile, target, width, wanted=WANTED.get(text, ()),
+                              lists=lists, boxes=boxes)
 
 
 @cache

@@ -60,10 +60,7 @@ def reasons(spec: Spec, dtypes: Sequence[torch.dtype] = (), device: str = "cuda"
 @functools.lru_cache(maxsize=1024)
 def of_spec(spec: Spec) -> tuple[str, ...]:
     """What stands in the way whatever the call."""
-    found = []
-    if spec.score not in ("dot", "key"):
-        found.append(f"score must be dot or key, got {spec.score}")
-    found += printable.reasons(spec)
+    found = list(printable.reasons(spec))
     exprs = [e for e in (spec.logits, spec.mask.predicate(), spec.weights, spec.output,
                          spec.groups, spec.sinks) if e is not None]
     leaves = {leaf for e in exprs for leaf in e.leaves}
@@ -82,5 +79,8 @@ def of_spec(spec: Spec) -> tuple[str, ...]:
         if leaf.op == "inner" and {"k"} & set(spec.operand(leaf.value[0]).axes or ()) or (
                 leaf.op == "inner" and {"q"} & set(spec.operand(leaf.value[1]).axes or ())):
             found.append("the factors of a low-rank term must vary along q and along k")
+    inners = {leaf for e in (spec.logits, spec.weights) for leaf in e.leaves if leaf.op == "inner"}
+    if any(leaf.op == "inner" and leaf not in inners for leaf in leaves):
+        found.append("a low-rank term must be part of the logits or of the weights")
     return tuple(found)
 

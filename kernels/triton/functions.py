@@ -94,6 +94,74 @@ def power(a, b):
     value = tl.where((a < 0.0) & (b != tl.floor(b)), float("nan"), value)
     return tl.where((b == 0.0) | (a == 1.0), 1.0, value)
 ''',
+    "distances": '''
+@triton.jit
+def distances(left, left_step, left_inside, right, right_step, right_inside, D: tl.constexpr,
+              M: tl.constexpr, N: tl.constexpr):
+    """(M, N): the squared distance of every row on the left to every one on the right."""
+    score = tl.zeros([M, N], tl.float32)
+    for c in tl.range(0, D, num_stages=1):
+        a = tl.load(left + c * left_step, mask=left_inside, other=0.0).to(tl.float32)
+        b = tl.load(right + c * right_step, mask=right_inside, other=0.0).to(tl.float32)
+        apart = a[:, None] - b[None, :]
+        score += apart * apart
+    return score
+''',
+    "distance_slopes": '''
+@triton.jit
+def distance_slopes(ds, left, left_step, left_inside, right, right_step, right_inside, total,
+                    D: tl.constexpr, DP: tl.constexpr):
+    """total (M, DP) and the gradient of the rows on the left; ds (M, N): of the scores."""
+    channel = tl.arange(0, DP)[None, :]
+    for c in tl.range(0, D, num_stages=1):
+        a = tl.load(left + c * left_step, mask=left_inside, other=0.0).to(tl.float32)
+        b = tl.load(right + c * right_step, mask=right_inside, other=0.0).to(tl.float32)
+        change = tl.sum(ds * (a[:, None] - b[None, :]), 1) * 2.0
+        total += tl.where(channel == c, change[:, None], 0.0)
+    return total
+''',
+    "additive_scores": '''
+@triton.jit
+def additive_scores(left, left_step, left_inside, right, right_step, right_inside, weight,
+                    weight_step, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """(M, N): the sum over channels of weight * tanh(left + right)."""
+    score = tl.zeros([M, N], tl.float32)
+    for c in tl.range(0, D, num_stages=1):
+        a = tl.load(left + c * left_step, mask=left_inside, other=0.0).to(tl.float32)
+        b = tl.load(right + c * right_step, mask=right_inside, other=0.0).to(tl.float32)
+        w = tl.load(weight + c * weight_step).to(tl.float32)
+        score += w * tanh(a[:, None] + b[None, :])
+    return score
+''',
+    "additive_slopes": '''
+@triton.jit
+def additive_slopes(ds, left, left_step, left_inside, right, right_step, right_inside, weight,
+                    weight_step, total, D: tl.constexpr, DP: tl.constexpr):
+    """total (M, DP) and the gradient of the rows on the left; ds (M, N): of the scores."""
+    channel = tl.arange(0, DP)[None, :]
+    for c in tl.range(0, D, num_stages=1):
+        a = tl.load(left + c * left_step, mask=left_inside, other=0.0).to(tl.float32)
+        b = tl.load(right + c * right_step, mask=right_inside, other=0.0).to(tl.float32)
+        w = tl.load(weight + c * weight_step).to(tl.float32)
+        bent = tanh(a[:, None] + b[None, :])
+        change = tl.sum(ds * (1.0 - bent * bent), 1) * w
+        total += tl.where(channel == c, change[:, None], 0.0)
+    return total
+''',
+    "additive_weights": '''
+@triton.jit
+def additive_weights(ds, left, left_step, left_inside, right, right_step, right_inside, weight,
+                     weight_step, total, D: tl.constexpr, DP: tl.constexpr):
+    """total (DP,) and the gradient of the weight; ds (M, N): of the scores."""
+    channel = tl.arange(0, DP)
+    ds = tl.where(left_inside[:, None], ds, 0.0)
+    for c in tl.range(0, D, num_stages=1):
+        a = tl.load(left + c * left_step, mask=left_inside, other=0.0).to(tl.float32)
+        b = tl.load(right + c * right_step, mask=right_inside, other=0.0).to(tl.float32)
+        change = tl.sum(tl.sum(ds * tanh(a[:, None] + b[None, :]), 1), 0)
+        total += tl.where(channel == c, change, 0.0)
+    return total
+''',
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.spec import Spec
 from attnopt.ir.tiling import Tiling, tile_count
-from attnopt.kernels.triton.backward import backward, kinds
+from attnopt.kernels.triton.backward import backward, kinds, sides
 from attnopt.kernels.triton.backward_body import shared_axes
 from attnopt.kernels.triton.backward_tables import copies
 from attnopt.kernels.triton.boxes import constants
@@ -33,6 +33,7 @@ from attnopt.kernels.triton.launch import (
 )
 from attnopt.kernels.triton.lists import Lists, tiles_of
 from attnopt.kernels.triton.problem import Problem
+from attnopt.kernels.triton.scores import BY_CHANNEL
 from attnopt.kernels.triton.tiles import ROW_TILE, Tile, gradient_tile, padded
 
 #: names of query, key and value in this order
@@ -61,6 +62,9 @@ class Gradients:
             "grad_key": matrix | {"k": -2, "d": -1}, "grad_value": matrix | {"k": -2, "d": -1},
             "delta": vector | {"q": -1}}
         for slot, kind in self.kinds.items():
+            if kind == "factor":
+                dims |= {f"left_grad_{slot}": matrix | {"q": -2, "r": -1},
+                         f"right_grad_{slot}": matrix | {"k": -2, "r": -1}}
             dims[f"grad_{slot}"] = (matrix | {"q": -2, "k": -1} if kind == "tile" else
                                     vector | {"q" if kind == "row" else "k": -1})
         delta = torch.empty_like(lse)
@@ -89,24 +93,37 @@ class Gradients:
 
     def by_queries(self, found: dict[str, Tensor]) -> None:
         rows = [s for s in self.slots if self.kinds.get(s) == "row"]
-        if "query" not in self.wanted and not rows:
-            return
+        lefts = [s for s in self.slots if self.kinds.get(s) == "factor" and sides(self.spec, s)[0]]
+        weights = [s for s in self.slots if self.kinds.get(s) == "weight"]
         query = self.problem.tensors["query"]
+        if self.spec.score == "key" and "query" in self.wanted:
+            found["query"] = torch.zeros_like(query)
+        if "query" in found and not (rows or lefts) or (
+                "query" not in self.wanted and not (rows or lefts or weights)):
+            return
         outputs = {"grad_query": self.empty((*self.rows, query.shape[-1]), query)}
         outputs |= {f"grad_{s}": query.new_empty(self.rows, dtype=torch.float32) for s in rows}
+        outputs |= {f"left_grad_{s}": self.of_factor(s, self.rows) for s in lefts}
         cut = cut_of(self.lists("q"), self.of("query"))
-        self.start("grad_query", "query", outputs,
-                   tile_count(cut[0], self.rows[-1]) * self.problem.programs)
+        tiles = tile_count(cut[0], self.rows[-1])
+        if weights:
+            outputs["grad_weight"] = query.new_empty(
+                (*self.problem.leading, tiles, query.shape[-1]), dtype=torch.float32)
+        self.start("grad_query", "query", outputs, tiles * self.problem.programs)
         if "query" in self.wanted:
-            found["query"] = outputs["grad_query"]
+            found.setdefault("query", outputs["grad_query"])
         found.update({s: outputs[f"grad_{s}"].unsqueeze(-1) for s in rows})
+        found.update({s: outputs["grad_weight"].sum(-2) for s in weights})
+        for slot in lefts:
+            self.add_factor(found, slot, outputs[f"left_grad_{slot}"])
 
     def by_keys(self, found: dict[str, Tensor]) -> None:
         columns = [s for s in self.slots if self.kinds.get(s) == "column"]
-        if not self.wanted & {"key", "value"} and not columns:
+        rights = [s for s in self.slots if self.kinds.get(s) == "factor" and sides(self.spec, s)[1]]
+        if not self.wanted & {"key", "value"} and not columns and not rights:
             return
         problem = self.problem
-        shared = shared_axes(problem.signature, bool(columns))
+        shared = shared_axes(problem.signature, bool(columns or rights))
         own = tuple(1 if a in shared else n for a, n in zip(
             problem.signature.axes, problem.leading, strict=True))
         keys = problem.sizes["k"]
@@ -116,10 +133,25 @@ class Gradients:
             outputs[f"grad_{name}"] = self.empty((*own, keys, tensor.shape[-1]), tensor)
         outputs |= {f"grad_{s}": problem.tensors["query"].new_empty(
             (*own, keys), dtype=torch.float32) for s in columns}
+        outputs |= {f"right_grad_{s}": self.of_factor(s, (*own, keys)) for s in rights}
         cut = cut_of(self.lists("k"), self.of("key"))
         self.start("grad_key", "key", outputs, tile_count(cut[1], keys) * math.prod(own))
         found.update({n: outputs[f"grad_{n}"] for n in ("key", "value") if n in self.wanted})
+        if self.spec.score == "key" and "key" in self.wanted:
+            found["key"] = torch.zeros_like(problem.tensors["key"])
         found.update({s: outputs[f"grad_{s}"].unsqueeze(-2) for s in columns})
+        for slot in rights:
+            self.add_factor(found, slot, outputs[f"right_grad_{slot}"])
+
+    def of_factor(self, slot: str, rows: tuple[int, ...]) -> Tensor:
+        """Room for the gradient of a factor, which has these rows before it is summed."""
+        factor = self.problem.tensors[f"op_{slot}"]
+        return self.empty((*rows, factor.shape[-1]), factor)
+
+    def add_factor(self, found: dict[str, Tensor], slot: str, gradient: Tensor) -> None:
+        """A tensor may be a factor along q and one along k."""
+        gradient = gradient.sum_to_size(self.problem.tensors[f"op_{slot}"].shape)
+        found[slot] = found[slot] + gradient if slot in found else gradient
 
     def by_tiles(self, found: dict[str, Tensor]) -> None:
         problem, tile = self.problem, self.of("operand")
@@ -184,7 +216,8 @@ class Gradients:
             return ROW_TILE
         query, value = (self.problem.tensors[n] for n in ("query", "value"))
         return self.tile or gradient_tile(device_name(query.device), query.shape[-1],
-                                          value.shape[-1], query.element_size(), which)
+                                          value.shape[-1], query.element_size(), which,
+                                          self.spec.score in BY_CHANNEL)
 
     def lists(self, by: str) -> Lists | None:
         """Of the key tiles of each query tile, or the other way round."""
@@ -217,4 +250,5 @@ class Gradients:
             "RAGGED": problem.sizes["k"] % tile.keys != 0, **ranks(spec, problem),
             **(constants(boxes) if boxes else {})}
         more = outputs if lists is None else outputs | lists.tensors
-        launch(source, name, problem, more, fixed, tile, programs, blocks)
+        launch(source, name, problem, more, fixed, tile, programs, blocks,
+               self.spec.score in BY_CHANNEL)

@@ -28,8 +28,9 @@ from attnopt.kernels.triton.layout import Signature, Source
 from attnopt.kernels.triton.lists import Lists, tiles_of
 from attnopt.kernels.triton.loading import kernel
 from attnopt.kernels.triton.problem import Problem
+from attnopt.kernels.triton.scores import BY_CHANNEL
 from attnopt.kernels.triton.template import forward
-from attnopt.kernels.triton.tiles import Tile, architecture, default, padded
+from attnopt.kernels.triton.tiles import Tile, architecture, default, options, padded
 
 #: axes of a tensor descriptor, and places of a block along one of them
 _MOST_AXES, _LONGEST_SIDE = 5, 256
@@ -49,7 +50,8 @@ def device_name(device: torch.device) -> str:
 def default_tile(spec: Spec, problem: Problem) -> Tile:
     query, value = problem.tensors["query"], problem.tensors["value"]
     return default(device_name(query.device), query.shape[-1], value.shape[-1],
-                   query.element_size(), listed=not interval(spec).exact)
+                   query.element_size(), listed=not interval(spec).exact,
+                   by_channel=spec.score in BY_CHANNEL)
 
 
 def run_forward(spec: Spec, problem: Problem, tile: Tile, descriptors: bool | None = None,
@@ -71,7 +73,7 @@ def run_forward(spec: Spec, problem: Problem, tile: Tile, descriptors: bool | No
     passed = outputs if lists is None else outputs | lists.tensors
     launch(source, "forward", problem, passed, fixed, tile,
            tile_count(cut[0], problem.sizes["q"]) * problem.programs,
-           {"key": cut[1], "value": cut[1]})
+           {"key": cut[1], "value": cut[1]}, spec.score in BY_CHANNEL)
     return outputs["out"], outputs.get("lse")
 
 
@@ -182,11 +184,11 @@ def described(problem: Problem, name: str, block: Tiling) -> Any:
 
 
 def launch(source: Source, name: str, problem: Problem, more: Mapping[str, Tensor],
-           fixed: Mapping[str, Any], tile: Tile, programs: int, blocks: Mapping[str, Tiling]
-           ) -> None:
+           fixed: Mapping[str, Any], tile: Tile, programs: int, blocks: Mapping[str, Tiling],
+           by_channel: bool = False) -> None:
     """Start a kernel. Raises KernelError where it does not compile, or not fit the device.
 
-    blocks: what TMA reads at a time, by tensor
+    blocks: what TMA reads at a time, by tensor; by_channel: as for `tiles.options`
     """
     arguments = []
     for argument in source.arguments[name]:
@@ -195,9 +197,9 @@ def launch(source: Source, name: str, problem: Problem, more: Mapping[str, Tenso
         else:
             arguments.append(problem.value_of(argument, more))
     chosen = {c: fixed[c] for c in source.constants[name]}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    start(kernel(source, name), programs, arguments, chosen | options,
-          problem.tensors["query"].device)
+    device = problem.tensors["query"].device
+    start(kernel(source, name), programs, arguments,
+          chosen | options(tile, device_name(device), by_channel), device)
 
 
 def start(function: Any, programs: int, arguments: Sequence[Any], fixed: Mapping[str, Any],

@@ -127,9 +127,9 @@ class Kernel:
                 self.add(f"{axis} = {number} % {self.size(axis)}")
                 self.add(f"{number} = {number} // {self.size(axis)}")
 
-    def here(self, tensor: str, axes: Sequence[str]) -> str:
-        """The pointer to this program's matrix (or vector) of a tensor."""
-        pointer = self.argument(tensor, "pointer", tensor)
+    def here(self, tensor: str, axes: Sequence[str], name: str = "") -> str:
+        """The pointer to this program's matrix (or vector) of a tensor, passed under a name."""
+        pointer = self.argument(name or tensor, "pointer", tensor)
         terms = [f"tl.cast({a}, tl.int64) * "
                  + self.argument(f"{tensor}_stride_{a}", "stride", tensor, a) for a in axes]
         return " + ".join([pointer, *terms])

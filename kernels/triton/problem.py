@@ -12,6 +12,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.spec import Spec, leading_axes
 from attnopt.kernels.aten.tile import broadcast
 from attnopt.kernels.triton.layout import Argument, Signature
+from attnopt.kernels.triton.scores import WEIGHT
 from attnopt.kernels.triton.tiles import widest
 from attnopt.kernels.triton.widths import inner_slots, needs_wide
 
@@ -113,6 +114,12 @@ def describe(spec: Spec, query: Tensor, key: Tensor, value: Tensor, operands: Se
             return f"operand {described.slot} must not be empty"
         name = f"op_{described.slot}"
         tensors[name] = tensor
+        if described.slot == WEIGHT and spec.score == "additive":
+            dims[name] = {a: i - len(axes) - 1 for i, a in enumerate(axes)} | {"d": -1}
+            if tensor.shape[-1] != query.shape[-1] or not _fits(
+                    tensor, dims[name], sizes | {"d": query.shape[-1]}, (*axes, "d")):
+                return f"operand {WEIGHT} must be of shape (D,) or (*L, D)"
+            continue
         dims[name] = _operand_dims(axes, described.axes or (), described.slot in factors)
         if described.axes is not None and not _fits(
                 tensor, dims[name], sizes, described.axes):

@@ -15,12 +15,20 @@ from torch import Tensor
 
 from attnopt.ir.spec import Spec
 from attnopt.ir.tiling import tile_count
-from attnopt.kernels.triton.launch import constants, cut_of, described, start, with_lists
+from attnopt.kernels.triton.launch import (
+    constants,
+    cut_of,
+    described,
+    device_name,
+    start,
+    with_lists,
+)
 from attnopt.kernels.triton.lists import recipe, recorded, waits
 from attnopt.kernels.triton.loading import kernel
 from attnopt.kernels.triton.problem import Problem, as_bytes
+from attnopt.kernels.triton.scores import BY_CHANNEL
 from attnopt.kernels.triton.template import forward
-from attnopt.kernels.triton.tiles import Tile
+from attnopt.kernels.triton.tiles import Tile, options
 
 
 def key(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -41,7 +49,7 @@ class Ready:
         fixed = constants(spec, problem, tile, lists)
         self.function = kernel(source, "forward")
         self.fixed = {c: fixed[c] for c in source.constants["forward"]}
-        self.options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        self.options = options(tile, device_name(self.device), spec.score in BY_CHANNEL)
         self.programs = tile_count(cut[0], problem.sizes["q"]) * problem.programs
         self.shape = (*problem.leading, problem.sizes["q"], problem.sizes["d"])
         out = torch.empty(self.shape, dtype=problem.tensors["query"].dtype, device="meta")

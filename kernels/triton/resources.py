@@ -28,8 +28,9 @@ from attnopt.kernels.triton.backward import backward
 from attnopt.kernels.triton.boxes import Boxes, constants
 from attnopt.kernels.triton.layout import Argument, Signature, Source
 from attnopt.kernels.triton.loading import kernel
+from attnopt.kernels.triton.scores import BY_CHANNEL
 from attnopt.kernels.triton.template import forward
-from attnopt.kernels.triton.tiles import Tile, architecture, padded
+from attnopt.kernels.triton.tiles import Tile, architecture, options, padded
 
 #: targets that the portable template is made for
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -73,9 +74,7 @@ def forward_resources(spec: Spec, tile: Tile, target: str, head_dim: int = 128,
              "STAGES": tile.stages, "D": head_dim, "DP": padded(head_dim), "V": value_dim,
              "VP": padded(value_dim), "PRECISION": exactness(dtype, target), "RAGGED": ragged,
              **(constants(boxes) if boxes else {})}
-    for name in source.constants["forward"]:
-        if re.fullmatch(r"R\d+P?", name):
-            fixed[name] = 16
+    fixed |= _ranks(source, "forward")
     key, value = (_block(tile.keys, boxes and boxes[1], width) for width in (head_dim, value_dim))
     return compile_for(source, "forward", target, fixed, tile, dtype, spec,
                        {"key": key, "value": value})
@@ -85,6 +84,11 @@ def _signature(lists: tuple[str, ...] | None, boxes: Boxes | None) -> Signature:
     axes = leading_axes(2)
     return Signature(axes, axes, axes, axes, lists=lists,
                      grid=len(boxes[0].shape) if boxes else 0)
+
+
+def _ranks(source: Source, name: str) -> dict[str, int]:
+    """Widths of factors: as few columns as a product of matrices has."""
+    return {c: 16 for c in source.constants[name] if re.fullmatch(r"R\d+P?", c)}
 
 
 def _block(tokens: int, box: GridTile | None, width: int) -> tuple[int, ...]:
@@ -104,7 +108,7 @@ def backward_resources(spec: Spec, kind: str, tile: Tile, target: str, head_dim:
              "BM": tile.rows, "BN": tile.keys, "STAGES": tile.stages, "D": head_dim,
              "DP": padded(head_dim), "V": value_dim, "VP": padded(value_dim),
              "PRECISION": exactness(dtype, target), "RAGGED": False,
-             **(constants(boxes) if boxes else {})}
+             **_ranks(source, kind), **(constants(boxes) if boxes else {})}
     rows, keys = boxes or (None, None)
     blocks = ({"key": _block(tile.keys, keys, head_dim),
                "value": _block(tile.keys, keys, value_dim)} if kind == "grad_query" else
@@ -145,8 +149,9 @@ def compile_for(source: Source, name: str, target: str, fixed: Mapping[str, Any]
     for constant in source.constants[name]:
         values[(len(signature),)] = fixed[constant]
         signature[constant] = "constexpr"
-    return measured(build(function, signature, values, attributes, target, tile.warps,
-                          tile.stages), target)
+    more = options(tile, target, spec.score in BY_CHANNEL)
+    return measured(build(function, signature, values, attributes, target, more.pop("num_warps"),
+                          more.pop("num_stages"), **more), target)
 
 
 def build(function: Any, signature: Mapping[str, str], values: Mapping[tuple[int], Any],

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from attnopt.ir import expr as E
 from attnopt.ir.spec import Spec
-from attnopt.kernels.triton.body import Body
 from attnopt.kernels.triton.layout import Signature
 from attnopt.kernels.triton.plan import Plan
 from attnopt.kernels.triton.printer import TritonPrinter, masked
+from attnopt.kernels.triton.scores import Scores
 
 LOWEST = "float('-inf')"
 CONSTANTS = ("TMA", "BM", "BN", "D", "DP", "V", "VP", "STAGES", "PRECISION", "RAGGED")
 
 
-class Steps(Body):
+class Steps(Scores):
     """A forward kernel while it is written."""
 
     def __init__(self, spec: Spec, signature: Signature) -> None:

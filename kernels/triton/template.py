@@ -69,10 +69,8 @@ class _Forward(Steps):
         k.indices("lead", signature.axes)
         k.place("q", "first", "own_tile")
         k.add("q = rows[:, None]\nq_inside = tl.minimum(q, size_q - 1)")
-        if self.spec.score == "dot":
-            k.add(f"query_here = {k.here('query', signature.query)}")
-            k.tile("query_tile", "query", (), "q", "first", False, "BM", "D", descriptor=False)
-            self.matrix("key", signature.key)
+        self.own_rows("q")
+        self.matrix_of("k")
         for i, leaf in enumerate(self.inners):
             self.factor(i, leaf)
         self.matrix("value", signature.value)
@@ -132,13 +130,8 @@ class _Forward(Steps):
         k = self.kernel
         k.place("k", "there", tile, depth)
         k.add("k = columns[None, :]", depth)
-        if self.spec.score == "dot":
-            k.tile("key_tile", "key", self.signature.key, "k", "there", full, "BN", "D",
-                   depth=depth)
-            k.add("score = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)",
-                  depth)
-        elif E.score in self.plan.inside.leaves:
-            k.add("score = tl.zeros([BM, BN], tl.float32)", depth)
+        self.rows_of("k", full, depth)
+        self.raw_scores(E.score in self.plan.inside.leaves, depth)
         for i, leaf in enumerate(self.inners):
             k.add([f"right{i} = {self.factor_tile(i, leaf.value[1], 'k', 'there', full)}",
                    f"inner{i} = tl.dot(left{i}, tl.trans(right{i}), input_precision=PRECISION)"],
@@ -216,8 +209,7 @@ class _Forward(Steps):
         printer.given(E.out, "acc", "cell")
         self.stat(printer)
         if E.value in spec.output.leaves:
-            pointer = k.argument("value_rows", "pointer", "value")
-            here = k.here("value", self.signature.value).replace("value", pointer, 1)
+            here = k.here("value", self.signature.value, "value_rows")
             k.add(f"value_rows_here = {here}")
             k.add(f"row_value = tl.load(value_rows_here + tl.cast(q_inside, tl.int64) * "
                   f"{k.stride('value', 'k')} + d * {k.stride('value', 'd')}, mask=d < V, other=0.0)"

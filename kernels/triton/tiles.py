@@ -38,6 +38,17 @@ class Architecture:
     wave: int = 32
     registers: int = 65536
 
+    @property
+    def capability(self) -> int:
+        """NVIDIA's number, 90 for sm_90; 0 for others."""
+        return int(self.name[3:]) if self.name.startswith("sm_") else 0
+
+    @property
+    def grouped(self) -> bool:
+        """Whether four warps issue a product together: wgmma of sm_90 and tcgen05 of sm_100; sm_120
+        has the mma.sync of sm_80."""
+        return 90 <= self.capability < 120
+
 
 ARCHITECTURES = {a.name: a for a in (
     Architecture("sm_80", 166912, False), Architecture("sm_86", 101376, False),
@@ -53,9 +64,9 @@ def architecture(name: str) -> Architecture:
         return ARCHITECTURES[name]
     if name.startswith("sm_"):
         number = int("".join(c for c in name[3:] if c.isdigit()) or 0)
-        known = [a for a in ARCHITECTURES.values() if a.name.startswith("sm_")]
-        older = [a for a in known if int(a.name[3:]) <= number]
-        return max(older or known[:1], key=lambda a: int(a.name[3:]))
+        known = [a for a in ARCHITECTURES.values() if a.capability]
+        older = [a for a in known if a.capability <= number]
+        return max(older or known[:1], key=lambda a: a.capability)
     return ARCHITECTURES["gfx90a"]
 
 
@@ -84,7 +95,7 @@ def legal(tile: Tile, arch: Architecture, head_dim: int, value_dim: int, itemsiz
     """Whether a tile fits the device: shared memory, registers, shapes of matrix instructions."""
     if tile.rows < 16 * (tile.warps if arch.wave == 32 else 1) and tile.rows < 64:
         return False
-    if arch.name >= "sm_90" and arch.name.startswith("sm_") and tile.rows < 16 * tile.warps:
+    if arch.grouped and tile.rows < 16 * tile.warps:
         return False
     limit = 220 if arch.wave == 32 else 400
     return (shared_bytes(tile, head_dim, value_dim, itemsize) <= arch.shared
@@ -127,18 +138,25 @@ _LISTED: dict[str, dict[int, tuple[int, int, int, int]]] = {
 }
 
 
+#: of scores that are sums over channels: a tile of them is in registers while the channels pass
+_BY_CHANNEL = {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)}
+
+
 def default(arch: str, head_dim: int, value_dim: int, itemsize: int = 2,
-            listed: bool = False) -> Tile:
+            listed: bool = False, by_channel: bool = False) -> Tile:
     """The tile to take where nothing is known about the shapes.
 
     listed: the mask has lists of tiles, see `attnopt.kernels.triton.lists`
+    by_channel: scores are no products, see `attnopt.kernels.triton.scores`
     """
     device = architecture(arch)
     family = {"sm_86": "sm_89", "sm_120": "sm_89", "gfx90a": "gfx942"}.get(device.name, device.name)
     width = max(32, padded(head_dim), padded(value_dim))
     known = _DEFAULTS[family] | (_LISTED.get(family, {}) if listed else {})
     tile = Tile(*known[min(width, 256)])
-    if itemsize > 2:
+    if by_channel and itemsize <= 2:
+        tile = Tile(*_BY_CHANNEL[min(max(width, 64), 256)])
+    elif itemsize > 2:
         # Three products in tf32 for each one: their parts fill the registers.
         newer = family in ("sm_90", "sm_100")
         tile = (Tile(64, 32, 4, 2) if newer else Tile(32, 32, 4, 2)) if width <= 64 else (
@@ -175,19 +193,42 @@ _GRADIENTS: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
 }
 
 
+#: where scores are sums over channels; warps of 64 threads are four at most
+_GRADIENTS_BY_CHANNEL: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "query": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (32, 32, 8, 1)},
+    "key": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)}}
+
+def options(tile: Tile, arch: str, by_channel: bool = False) -> dict[str, int]:
+    """What the compiler is told besides the constants of a kernel."""
+    found = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if by_channel and architecture(arch).wave == 32:
+        # Left alone, ptxas would rather spill a few bytes than give up a program.
+        found["maxnreg"] = 255
+    return found
+
+
 #: of the products of rows, which need no tile of keys
 ROW_TILE = Tile(32, 16, 4, 1)
 
 
-def gradient_tile(arch: str, head_dim: int, value_dim: int, itemsize: int, which: str) -> Tile:
-    """The tile of a backward kernel: "query" (dq), "key" (dk and dv) or "operand" (of a bias)."""
+def gradient_tile(arch: str, head_dim: int, value_dim: int, itemsize: int, which: str,
+                  by_channel: bool = False) -> Tile:
+    """The tile of a backward kernel: "query" (dq), "key" (dk and dv) or "operand" (of a bias).
+
+    by_channel: as for `default`
+    """
     if which not in ("query", "key", "operand"):
         raise ValueError(f"which must be query, key or operand, got {which!r}")
     width = max(32, padded(head_dim), padded(value_dim))
     if itemsize > 2:
+        if by_channel and architecture(arch).wave == 32:
+            return Tile(32, 32, 8, 1) if which == "key" and width > 32 else Tile(16, 32, 4, 1)
         return Tile(32, 32, 4, 1)
     if which == "operand":
         return Tile(16, 32, 4, 1) if width > 128 else Tile(32, 64, 4, 1)
     name = architecture(arch).name
+    if by_channel:
+        rows, keys, warps, _ = _GRADIENTS_BY_CHANNEL[which][min(max(width, 64), 256)]
+        return Tile(rows, keys, warps if architecture(arch).wave == 32 else min(warps, 4), 1)
     family = "gfx942" if name.startswith("gfx") else name if name in _GRADIENTS else "sm_80"
     return Tile(*_GRADIENTS[family][which][min(width, 256)])

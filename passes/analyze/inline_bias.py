@@ -277,8 +277,8 @@ class _Inlining:
             if isinstance(node.meta.get("val"), torch.Tensor) and not view.readable_at(node, end):
                 raise Unliftable(f"{node.name} is overwritten before the site ends")
         differentiable = any(
-            n.meta["val"].is_floating_point() and self.program.depends[n] & {INPUT, PARAMETER}
-            for n in loads)
+            is_tensor(n) and n.meta["val"].is_floating_point()
+            and self.program.depends[n] & {INPUT, PARAMETER} for n in loads)
         own = end.meta.get("attnopt_region")
         if differentiable and any(
                 view.author[n].meta.get("attnopt_region") != own

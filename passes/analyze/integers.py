@@ -18,6 +18,7 @@ import torch
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.passes.analyze import size_terms
 from attnopt.passes.analyze.polynomials import (
     Number,
     Poly,
@@ -52,8 +53,8 @@ class Integers:
     """
 
     def __init__(self, lengths: Mapping[str, int | torch.SymInt]) -> None:
-        self.symbols: dict[sympy.Symbol, Expr] = {}
-        self.least: dict[sympy.Symbol, int] = {}
+        self.symbols: dict[sympy.Expr, Expr] = {}
+        self.least: dict[sympy.Expr, int] = {}
         self._sizes: dict[Expr, Poly] = {}
         self._polys: dict[Expr, Poly] = {}
         self._bounds: dict[Expr, tuple[Number, Number]] = {}
@@ -65,21 +66,24 @@ class Integers:
 
     # -- sizes ------------------------------------------------------------------------------
     def _bind_symbols(self, lengths: Mapping[str, int | torch.SymInt]) -> None:
-        """Write each symbol of the captured graph as a polynomial of the axis lengths."""
+        """Write each symbol of the captured graph as a polynomial of the axis lengths. What a
+        length is made of otherwise, as n // 8 - 1 behind convolutions, is taken as a symbol."""
         symbolic = {axis: n.node for axis, n in lengths.items() if isinstance(n, torch.SymInt)}
-        axes = sorted(symbolic, key=lambda a: (len(symbolic[a].expr.free_symbols),
-                                               "kqhb".find(a[0]), a))
+        axes = sorted(symbolic, key=lambda a: (
+            not all(t.is_Symbol for t in size_terms.terms(symbolic[a].expr)),
+            len(symbolic[a].expr.free_symbols), "kqhb".find(a[0]), a))
         for axis in axes:
             node = symbolic[axis]
-            for symbol in node.expr.free_symbols:
-                known = node.shape_env.var_to_range.get(symbol) if node.shape_env else None
-                lower = known.lower if known is not None else None
-                self.least[symbol] = int(lower) if lower is not None and lower.is_Integer else 0
-            unknown = [s for s in node.expr.free_symbols if s not in self.symbols]
-            if len(unknown) == 1 and (node.expr - unknown[0]).has(unknown[0]) is False:
-                rest = self.of_sympy(node.expr - unknown[0])
-                self.symbols[unknown[0]] = self.sub(E.size(axis), rest)
-                self._sizes[E.size(axis)] = self._in_symbols(node.expr)
+            for term in size_terms.terms(node.expr):
+                self.least[term] = size_terms.least(node.shape_env, term)
+            unknown = [t for t in size_terms.terms(node.expr) if t not in self.symbols
+                       and not t.free_symbols <= self.symbols.keys()]
+            if len(unknown) == 1 and unknown[0] not in size_terms.terms(node.expr - unknown[0]):
+                (term,), others = unknown, node.expr - unknown[0]
+                self.symbols[term] = self.sub(E.size(axis), self.of_sympy(others))
+                self._sizes[E.size(axis)] = size_terms.polynomial(node.expr)
+                if not term.is_Symbol and others.is_Integer:  # where it has an index, it is no 0
+                    self.least[term] = max(self.least[term], 1 - int(others))
 
     def alias(self, n: Any, axis: str) -> None:
         """Take note that `n`, maybe a symbol of its own, is the length of `axis`."""
@@ -90,12 +94,6 @@ class Integers:
         """Take note that e >= 0, for an Expr of lengths that the capture has checked."""
         if e.op != "const" and not self.nonneg(e):
             self._facts.append(self.poly(e))
-
-    @staticmethod
-    def _in_symbols(expr: sympy.Expr) -> Poly:
-        poly = sympy.Poly(expr, *expr.free_symbols)
-        return {tuple(s for s, n in zip(poly.gens, powers, strict=True) for _ in range(n)): int(c)
-                for powers, c in poly.terms()}
 
     def of_size(self, n: Any) -> Expr:
         """A length or other size as an Expr. Raises LookupError for an unbound symbol."""
@@ -109,10 +107,10 @@ class Integers:
         """A sympy integer of the captured graph in terms of the axis lengths."""
         if e.is_Integer:
             return E.const(int(e))
-        if e.is_Symbol:
-            if e not in self.symbols:
-                raise LookupError(f"size {e} is not the length of an axis")
+        if e in self.symbols:
             return self.symbols[e]
+        if e.is_Symbol:
+            raise LookupError(f"size {e} is not the length of an axis")
         kind, args = type(e).__name__, [self.of_sympy(a) for a in e.args]
         match kind:
             case "Add":

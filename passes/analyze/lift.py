@@ -168,7 +168,7 @@ class Lifter:
     # -- recursion, used by the rules -------------------------------------------------------
     def element(self, node: fx.Node, idx: Index) -> Expr:
         """The element of a tensor node. Raises Unliftable."""
-        idx = tuple(E.const(0) if n == 1 else i
+        idx = tuple(E.const(0) if _is_one(n) else i
                     for n, i in zip(node.meta["val"].shape, idx, strict=True))
         key = (node, idx)
         if key not in self._memo:
@@ -297,6 +297,11 @@ def hint(x: Any) -> int:
     if isinstance(x, bool) or not isinstance(x, int):
         raise Unliftable(f"a position must be an int, got {x!r}")
     return x
+
+
+def _is_one(n: int | torch.SymInt) -> bool:
+    """Is a length 1? One that depends on data is asked for no number."""
+    return not (isinstance(n, torch.SymInt) and n.node.hint is None) and bool(n == 1)
 
 
 def _axes(idx: Index) -> frozenset[str]:

@@ -32,6 +32,8 @@ _TERMS = 3
 #: views, behind which a table has its own shape
 _THROUGH = frozenset(("unsqueeze", "squeeze", "transpose", "permute", "expand", "alias", "clone",
                       "contiguous", "slice", "select"))
+#: from here on every float32 is a whole number
+_WHOLE = 2.0**24
 Rule = Callable[["FloatLifter", fx.Node, Bound, Index], Expr]
 
 
@@ -204,6 +206,13 @@ def _clamp(lift: FloatLifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
     return _pointwise(fn, "self", *ends)(lift, node, a, idx)
 
 
+def _whole(x: Expr, up: bool) -> Expr:
+    """floor(x), or ceil(x) = -floor(-x); what is larger than 2**24 is whole, infinite or nan."""
+    rounded = E.call("floor", E.call("neg", x) if up else x)
+    return E.where(E.call("lt", E.call("abs", x), _WHOLE),
+                   E.call("float", E.call("neg", rounded) if up else rounded), x)
+
+
 def _outer(lift: FloatLifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
     return _product(lift, [(a.self, idx[:1]), (a.vec2, idx[1:])])
 
@@ -257,6 +266,8 @@ _RULES: dict[str, Rule] = {
     **{op: _pointwise(_call(op), "self") for op in (
         "exp", "exp2", "log", "log1p", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "cos", "sin",
         "erf")},
+    "floor": _pointwise(lambda x: _whole(x, up=False), "self"),
+    "ceil": _pointwise(lambda x: _whole(x, up=True), "self"),
     "square": _pointwise(lambda x: x * x, "self"), "pow": _power,
     **dict.fromkeys(("outer", "ger"), _outer), "einsum": _einsum,
     **dict.fromkeys(("to", "_to_copy", "type_as", "float"), _convert),

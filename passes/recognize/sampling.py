@@ -41,6 +41,7 @@ from attnopt.passes.recognize.axes import (
     shape_of,
 )
 from attnopt.passes.recognize.program import Program
+from attnopt.passes.recognize.sampling_corners import corner_reads, corners
 from attnopt.passes.recognize.sampling_gathers import is_lookup, lookup
 from attnopt.passes.recognize.sampling_parts import Levels
 from attnopt.passes.recognize.sampling_sums import (
@@ -104,12 +105,13 @@ def find_samplings(program: Program) -> tuple[list[SamplingSite], list[Miss]]:
                 and reader(node) is not None:
             try:
                 found.append(_site(program, sums, node))
-                taken.update(s.node for s in found[-1].samples)
+                taken.update(n for s in found[-1].samples for n in (s.node, *s.inner))
             except Decline as no:
                 alone = _alone(program, node)
                 if alone is not None:
                     found.append(alone)
-                elif op_name(node) == "grid_sampler":
+                elif op_name(node) == "grid_sampler" or corner_reads(node) \
+                        and taken.isdisjoint(corner_reads(node)):
                     misses.append(Miss(node, no.reason, no.node, "sampling"))
     return found, misses
 
@@ -128,6 +130,8 @@ def reader(node: fx.Node) -> Reader | None:
     """How an operation samples, None where it does not."""
     if op_name(node) == "grid_sampler":
         return grid_sampler
+    if corner_reads(node):
+        return corners
     return lookup if is_lookup(node) else None
 
 
@@ -238,6 +242,9 @@ def _term_roles(out: frozenset[Axis], term: Term
                 ) -> tuple[tuple[Axis, ...], tuple[Axis, ...], tuple[Axis, ...]]:
     sample = term.sample
     batch, channels, *_ = settle(sample.value[1])
+    if sample.inner:  # the dimensions of a map that is read by index are in any order
+        held = [a for dim in settle(sample.value[1]) for a in dim]
+        batch, channels = (), tuple(a for a in held if a not in resolve(sample.space))
     points, summed = points_of(term), resolve(term.summed)
     levels = {x for a in term.picks for x in resolve((a,))}
     weights = () if term.weights is None else settle(term.weights[1])

@@ -51,7 +51,7 @@ def lookup(program: Program, node: fx.Node, layout: Layout) -> Sample:
     indices: Any = node.args[1]
     shape = shape_of(value.meta["val"])
     *where, channels = layout
-    batch = _counted(indices[0], _own(indices[0], where), shape[0])
+    batch = counted(indices[0], _own(indices[0], where), shape[0])
     space = tuple(Axis(n) for n in shape[2:])
     locations = []
     for size, index in reversed(list(zip(shape[2:], indices[2:], strict=True))):
@@ -66,7 +66,7 @@ def _own(index: fx.Node, where: list[tuple[Axis, ...]]) -> Layout:
     return settle(broadcast(tuple(where), shape_of(index.meta["val"])))
 
 
-def _counted(node: fx.Node, layout: Layout, size: Any) -> tuple[Axis, ...]:
+def counted(node: fx.Node, layout: Layout, size: Any) -> tuple[Axis, ...]:
     """The axes that an index of the batch counts: 0, 1, 2 … along them."""
     while True:
         step = back(node, layout) if node.op == "call_function" else None
@@ -88,7 +88,7 @@ def _clamped(node: fx.Node, layout: Layout, size: int) -> Operand:
     start, picked = node, dict[Axis, int]()
     while node.op == "call_function":
         name = op_name(node)
-        if name in ("clamp", "clip") and _bounds(node) == (0, size - 1):
+        if name in ("clamp", "clip") and clamp_bounds(node) == (0, size - 1):
             return node, settle(layout)
         step = back(node, layout)
         if step is not None:
@@ -114,7 +114,7 @@ def _clamped(node: fx.Node, layout: Layout, size: int) -> Operand:
     raise Decline("a coordinate that is not clamped to the grid", start)
 
 
-def _bounds(node: fx.Node) -> tuple[Any, Any]:
+def clamp_bounds(node: fx.Node) -> tuple[Any, Any]:
     low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
     high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
     return low, high

@@ -80,9 +80,9 @@ def _before(program: Program, step: Step, affine: bool) -> Step | None:
     moved = back(node, step.layout)
     if moved is not None:
         return replace(step, node=moved[0], layout=settle(moved[1]))
-    cut = _cut(node)
-    if cut is not None:
-        source, dim, start, kept = cut
+    part = cut(node)
+    if part is not None:
+        source, dim, start, kept = part
         size = shape_of(source.meta["val"])[dim]
         layout = list(settle(step.layout))
         axes = layout[dim] if kept else ()
@@ -101,7 +101,7 @@ def _before(program: Program, step: Step, affine: bool) -> Step | None:
     return _affine(program, step) if affine else None
 
 
-def _cut(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+def cut(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
     """(tensor, dim, start, 1 if the dimension is kept) of a select, slice or piece of a split."""
     source: Any = node.args[0] if node.args else None
     name = op_name(node)

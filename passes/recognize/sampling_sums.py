@@ -73,6 +73,8 @@ class Sample:
     depth_axis: Axis | None = None
     #: coordinates of the grid's axes, the fastest first, then the depth's, among those of locations
     order: tuple[int, ...] = ()
+    #: where it is several operations: those that the texels go through
+    inner: tuple[fx.Node, ...] = ()
 
 
 @dataclass
@@ -177,6 +179,7 @@ class Sums:
         if within.weights is None:
             raise Decline("samples that are summed without weights", node)
         sample = reader(self.program, node, layout)
+        self.interior.extend(sample.inner)
         self.terms.append(
             Term(sample, within.weights, frozenset(resolve(within.summed)), within.picks))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from attnopt import kernels
 from attnopt.ir.spec import Schedule
-from attnopt.passes.rules import memory
+from attnopt.passes.rules import cost, memory
 from attnopt.passes.rules.cost import local, pays
 from attnopt.rules import Decline, Match, Region, Rule
 
@@ -35,4 +35,5 @@ class RowBlocks(Rule):
         pays(region)
         tile = memory.block_tile(region) if memory.wanted(region) else ()
         return Match(spec, Schedule("aten:blocks", tile),
-                     memory=memory.words(region, spec, "aten:blocks"))
+                     memory=memory.words(region, spec, "aten:blocks"),
+                     seconds=cost.predicted(region, spec, "aten:blocks"))

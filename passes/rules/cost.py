@@ -95,6 +95,12 @@ def original(region: Region, problem: kernels.Problem) -> float:
     return seconds + kernels.original(whole, region.authored)
 
 
+def predicted(region: Region, spec: Spec, lowering: str) -> float | None:
+    """Seconds of a call by an ATen lowering, where the cost model knows it."""
+    best = kernels.estimates(problem_of(region, spec), (lowering,)).best
+    return None if best is None else best.seconds
+
+
 def rows(region: Region) -> float:
     """Share of the seconds of all rows that those cost which a gate leaves, gathered (`GATHERED`).
     """

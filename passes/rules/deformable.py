@@ -48,6 +48,7 @@ class SamplingMatch:
     sampling: Sampling
     lowering: str
     predicted_speedup: float | None = None
+    seconds: float | None = None
 
 
 class Deformable(Rule):
@@ -71,7 +72,7 @@ class Deformable(Rule):
         verdict = kernels.worth(*times)
         if not verdict.pays and not cost.TAKE_ALL and region.prefer != "memory":
             raise Decline(verdict.text)
-        return SamplingMatch(region.sampling, lowering, verdict.speedup)
+        return SamplingMatch(region.sampling, lowering, verdict.speedup, times[1])
 
 
 def predicted(region: SamplingRegion, lowering: str) -> tuple[float, float] | None:

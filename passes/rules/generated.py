@@ -42,7 +42,7 @@ class Generated(Rule):
         tile = best.candidate.tile if region.fixed else ()
         # Of unknown lengths, the tile is chosen again at each call.
         return Match(spec, Schedule(best.candidate.lowering, tuple(tile)), others[0][0] / seconds,
-                     memory.words(region, spec, lowering, (min(others)[0], seconds)))
+                     memory.words(region, spec, lowering, (min(others)[0], seconds)), seconds)
 
     def form(self, region: Region, lowering: str) -> tuple[Spec, Estimate, float]:
         """The form of the Spec that the kernel computes, its best tile, and the seconds that it

@@ -37,7 +37,8 @@ class FusedSoftmax(Rule):
                 memory.held(region, smaller, "aten:blocks")
                 < memory.held(region, spec, "aten:sdpa")):
             raise Decline("a mask of queries x keys, where row blocks hold none")
-        return Match(spec, Schedule("aten:sdpa"), memory=memory.words(region, spec, "aten:sdpa"))
+        return Match(spec, Schedule("aten:sdpa"), memory=memory.words(region, spec, "aten:sdpa"),
+                     seconds=cost.predicted(region, spec, "aten:sdpa"))
 
     def form(self, region: Region) -> Spec:
         """The form whose low-rank terms are columns of query and key, where it holds less of

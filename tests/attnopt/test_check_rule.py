@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import attnopt
+from attnopt.approximations import MoBA, SinkWindow
 from attnopt.errors import OptionError, RuleError
-from attnopt.rules import Match, Region
+from attnopt.ir.mask import ALL
+from attnopt.rules import Approximation, Decline, Factors, Match, Region
 
 DIMENSIONS = {"q": "b h s d", "k": "b h t d", "v": "b h t e"}
 
@@ -121,3 +123,42 @@ def test_values_do_not_change() -> None:
     before = torch.get_rng_state()
     attnopt.check_rule(rule_of(plain, F_sdpa), cases=3)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class _Cut(Approximation):
+    """Half of the columns of a bias."""
+
+    name = "cut"
+
+    def __init__(self, told: float) -> None:
+        self.told = told
+
+    def reduce(self, region: Region) -> tuple[Any, dict[str, Factors]]:
+        if not region.biases:
+            raise Decline("no bias")
+        (slot, bias), = region.biases.items()
+        left, values, right = torch.linalg.svd(bias.double(), full_matrices=False)
+        kept = max(1, values.shape[-1] // 2)
+        query, key = left[..., :kept] * values[..., None, :kept], right[..., :kept, :].mT
+        gap = query @ key.mT - bias
+        gap = gap - (gap.amax(-1, True) + gap.amin(-1, True)) / 2
+        return ALL, {slot: Factors(query.float(), key.float(), self.told * float(gap.abs().max()))}
+
+
+def test_an_approximation_is_not_counted_as_compared() -> None:
+    for rule in (SinkWindow(3), MoBA(2, 1)):
+        found = attnopt.check_rule(rule)
+        assert found and not found.compared and found.approximate and not found.bounded
+        assert found.deviation > 0.01
+        assert "an approximation, not compared" in str(found) and "cases compared" not in str(found)
+        assert "declares no error" in str(found)
+
+
+def test_the_error_that_an_approximation_declares_is_checked() -> None:
+    right = attnopt.check_rule(_Cut(1.0))
+    assert right and right.bounded == right.approximate > 0
+    assert "within the error that it declares" in str(right)
+    wrong = attnopt.check_rule(_Cut(0.5))
+    assert not wrong and "the rule declares" in str(wrong)
+    assert wrong.counterexample is not None and set(wrong.counterexample.tensors) == {
+        "query", "key", "value", "bias"}

@@ -237,7 +237,9 @@ class _Balance(html.parser.HTMLParser):
         assert tag not in ("link", "img", "iframe")
         assert tag != "script" or self.page and not attrs
         self.scripts += tag == "script"
-        assert not any(name.startswith("on") or name in ("src", "href") for name, _ in attrs)
+        assert not any(name.startswith("on") or name == "src" for name, _ in attrs)
+        assert all(self.page and (value or "").startswith("#kernel-") for name, value in attrs
+                   if name == "href")
         if tag not in self.VOID:
             self.open.append(tag)
 

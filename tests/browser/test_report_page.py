@@ -29,9 +29,13 @@ def _report() -> Report:
         SiteRecord(path="encoder.attn", status="rewritten", rule="attention", mask="Causal",
                    lowering="cpp", tile="32x64", density=0.5, predicted_speedup=3.0, error=1e-7,
                    source="model.py:12", code="return attend(q, k, v)", kernel="abc",
-                   shapes="1x2x64x32", picture="density 50%\n= \n#...\n##..\n###.\n+###"),
+                   shapes="1x2x64x32", predicted_seconds=1e-4, measured_original=4e-4,
+                   measured_seconds=2e-4, measured_speedup=2.0, measured_low=1.9,
+                   measured_high=2.2, roofline=0.4, roofline_bound="compute",
+                   picture="density 50%\n= \n#...\n##..\n###.\n+###"),
         SiteRecord(path="<img src=x onerror=alert(1)>", status="kept", reason="escapes <b>",
                    source="model.py:30", rule="attention"),
+        SiteRecord(path="encoder.unmeasured", status="rewritten", rule="attention", lowering="cpp"),
         SiteRecord(path="decoder.sample", kind="sampling", status="canonical", reason="as good")]
     nodes = (NodeRecord("x", "placeholder", "1x64x64", "float32"),
              NodeRecord("s", "softmax", "1x2x64x64", "float32", "encoder.attn", "model.py:12",
@@ -67,12 +71,12 @@ def _picture(page: Browser, name: str) -> None:
 
 
 def test_search_and_filters(page: Browser) -> None:
-    assert page.run(SHOWN) == 3
+    assert page.run(SHOWN) == 4
     page.type("#text", "MODEL.py:12 causal")
     assert page.run(SHOWN) == 1
-    assert page.run("return document.getElementById('count').textContent") == "1 of 3 rows shown"
+    assert page.run("return document.getElementById('count').textContent") == "1 of 4 rows shown"
     page.type("#text", "\ue003" * len("MODEL.py:12 causal"))  # backspace
-    assert page.run(SHOWN) == 3
+    assert page.run(SHOWN) == 4
     page.click("select[data-filter=kind] option[value=sampling]")
     assert page.run(SHOWN) == 1
     page.click("select[data-filter=status] option[value=kept]")
@@ -85,6 +89,23 @@ def test_expand_and_collapse(page: Browser) -> None:
     _picture(page, "expanded")
     page.click("#collapse")
     assert page.run(OPEN) == 0
+
+
+def test_measured_and_not_measured(page: Browser) -> None:
+    page.click("#expand")
+    facts = "return [...document.querySelectorAll('dt')].filter(d => d.textContent === '{}')" \
+            ".map(d => d.nextElementSibling.textContent)"
+    measured, missing = page.run(facts.format("measured"))
+    assert measured == "200 us, the author's 400 us: 2.00x (1.90x to 2.20x)"
+    assert missing == "not measured: report.measure(sites=True) measures every site alone"
+    assert page.run(facts.format("predicted"))[0].startswith("100 us")
+    assert page.run(facts.format("roofline")) == ["40% (compute) of what the device allows"]
+
+
+def test_a_site_leads_to_the_text_of_its_kernel(page: Browser) -> None:
+    page.run("document.querySelector('tr.more details').open = true")
+    page.click("a[href='#kernel-abc']")
+    assert page.run("return document.getElementById('kernel-abc').open")
 
 
 def test_light_and_dark(page: Browser) -> None:

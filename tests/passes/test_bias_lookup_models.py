@@ -61,3 +61,30 @@ def test_published_models(name: str) -> None:
     (site,) = opt.report.sites
     assert site.status == "rewritten" and words in site.bias, (site.bias, site.reason)
     assert not [o for o in Spec.parse(site.spec).operands if {"q", "k"} <= set(o.axes or ())]
+
+
+@pytest.mark.parametrize("name", ["DebertaV2", "Wav2Vec2Conformer", "XLNet", "MPNet"])
+def test_published_models_of_any_length(name: str) -> None:
+    """Lengths that are symbols, and quotients of symbols behind strided convolutions."""
+    transformers = pytest.importorskip("transformers")
+    sizes, words = MODELS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(
+        getattr(transformers, f"{name}Config")(**sizes)).eval()
+
+    def drawn(batch: int, length: int) -> dict[str, Tensor]:
+        if sizes.keys() >= SPEECH.keys():
+            return {"input_values": torch.randn(batch, 10 * length)}
+        return {"input_ids": torch.randint(3, 90, (batch, length))}
+
+    inputs = drawn(2, 40)
+    some = torch.export.Dim.AUTO
+    opt = attnopt.optimize(model, (), inputs, verify=False,
+                           dynamic_shapes={key: {0: some, 1: some} for key in inputs})
+    for given in (inputs, drawn(3, 57), drawn(2, 17), drawn(2, 9)):
+        with torch.no_grad():
+            torch.testing.assert_close(opt(**given)[0], model(**given)[0], atol=5e-6, rtol=1e-5)
+    (site,) = opt.report.sites
+    assert site.status == "rewritten" and words in site.bias, (site.bias, site.reason)
+    assert not [o for o in Spec.parse(site.spec).operands if {"q", "k"} <= set(o.axes or ())]
+    assert not any(n for kind, n in opt.report.calls.items() if kind != "hits"), opt.report.calls

@@ -11,6 +11,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.mask import Band, Causal, KeyKeep, Segments
 from attnopt.ir.spec import Operand, Spec
 from attnopt.kernels import cpp, reference
+from attnopt.kernels.cpp.template import unrolled
 from attnopt.kernels.cpp.toolchain import isas, toolchain
 from tests.kernels.cases import CASES, close, doubled, inputs, operands_of, s
 
@@ -111,6 +112,20 @@ def test_threads_agree() -> None:
     finally:
         torch.set_num_threads(before)
     assert alone is not None and together is not None and torch.equal(alone, together)
+
+
+def test_a_long_cell_is_not_unrolled_whole() -> None:
+    """Six look-ups of sixteen vectors at once keep a compiler busy for seconds."""
+    assert unrolled(["const vf x1 = score + x0;"] * 8) == 16
+    assert unrolled(["const vf x1 = op_table.gather<float>(x0);"] * 6) == 4
+    q, k = E.index("q"), E.index("k")
+    tables = tuple(Operand(f"table{i}", None, role="table") for i in range(6))
+    logits = s * 0.2
+    for i, table in enumerate(tables):
+        logits = logits + E.load(table.slot, E.index("h"), q % (i + 2) - k // (i + 2) + 60)
+    spec = Spec(logits=logits, mask=Causal(), operands=tables)
+    given, _ = given_for(SPECS["plain"], 1, 2, 61, 61, 8, 8)
+    check(spec, given, [torch.randn(2, 70) for _ in tables], (12, 256, 12, 2))
 
 
 def test_what_is_not_for_the_kernel_is_handed_back() -> None:

@@ -85,7 +85,7 @@ MORE = {
     "channels": Spec(logits=SCALED, output=E.out * E.load("channel"),
                      operands=(Operand("channel", ("d",), role="gate"),)),
 }
-LEFT_OUT = ("distance", "additive", "talking heads", "bias of heads")
+LEFT_OUT = ("talking heads", "bias of heads")
 #: by name, all that the kernels compute
 CASES = {name: spec for name, spec in PLAIN.items() if name not in LEFT_OUT} | MORE
 
@@ -118,6 +118,7 @@ class Shape:
             "head": torch.rand(H, 1, 1) + 0.5, "sink": torch.randn(H, 1, 1),
             "table": torch.randn(H, 10), "gate": torch.randn(B, H, Q, 1),
             "left": torch.randn(H, Q, 2), "right": torch.randn(H, K, 2),
+            "score_weight": torch.randn(self.head_dim),
             "row_ids": torch.randint(0, 3, (B, 1, Q, 1)),
             "key_ids": torch.randint(0, 3, (B, 1, 1, K)),
             "death": torch.randint(0, K, (B, 1, 1, K)),

@@ -11,7 +11,7 @@ from attnopt.ir.spec import Operand, Spec
 from attnopt.ir.tiling import tilings_of
 from attnopt.kernels.reference import reference
 from attnopt.kernels.triton import Attention, backward, bind, lists
-from attnopt.kernels.triton.boxes import grid_of
+from attnopt.kernels.triton.boxes import part_on_grid
 from attnopt.kernels.triton.launch import device_name
 from attnopt.kernels.triton.tiles import Tile, candidates, default
 from tests.kernels.triton.cases import CASES, Shape, check_forward, check_gradients
@@ -166,7 +166,7 @@ def test_boxes(mask: Neighborhood | Windows, descriptors: bool | None, dtype: to
 @pytest.mark.usefixtures("listed")
 @pytest.mark.parametrize("mask", (GRIDS[0] & KeyKeep("pad"), GRIDS[1]), ids=str)
 def test_gradients_over_lists(mask: Mask) -> None:
-    part = grid_of(mask)
+    part = part_on_grid(mask)
     tokens = math.prod(part.length) if part is not None else 500
     pad = (Operand("pad", ("b", "k"), E.BOOL, "mask"),) if mask.slots else ()
     spec = Spec(logits=E.score * 0.125, mask=mask, empty_row="zero", operands=pad)

@@ -24,7 +24,7 @@ from attnopt.ir.mask import (
 from attnopt.ir.spec import Operand, Spec
 from attnopt.ir.tiling import GridTile, Tiling, _computed, members, tile_count
 from attnopt.kernels.triton import boxes
-from attnopt.kernels.triton.boxes import boxes_of, grid_of
+from attnopt.kernels.triton.boxes import boxes_of, part_on_grid
 from attnopt.kernels.triton.launch import merged
 from attnopt.kernels.triton.lists import Lists, recipe, tiles_of, waits
 from attnopt.kernels.triton.problem import Problem, describe
@@ -107,7 +107,7 @@ def test_lists_from_operands(name: str, by: str) -> None:
     Neighborhood((2, 3, 3), length=(3, 5, 7)) | Causal(-60),
     Select("h", (Windows((5, 5), length=(9, 11)), Causal(), Neighborhood((5, 3), length=(9, 11))))))
 def test_lists_of_sizes(mask: Mask, by: str) -> None:
-    part = grid_of(mask)
+    part = part_on_grid(mask)
     tokens = 105 if part is not None and len(part.window) == 3 else 99
     spec, problem = problem_of(mask, tokens)
     for shapes in (None, ((4, 4), (2, 4)), ((2, 2, 4), (1, 2, 4))):
@@ -167,7 +167,7 @@ def test_boxes_are_not_taken_where_runs_do() -> None:
                          (Neighborhood((3, 3), length=(None, 7)), 50),
                          (Placed(Neighborhood((3, 3), length=(8, 8)), (0, 64), (0, 64)), 80)):
         assert boxes_of(mask, tokens, tokens, 16, 16) is None
-    assert grid_of(Causal() & Neighborhood((3, 3), length=(8, 8))) is not None
+    assert part_on_grid(Causal() & Neighborhood((3, 3), length=(8, 8))) is not None
 
 
 def test_names_of_constants_are_those_of_the_text() -> None:

@@ -3,12 +3,13 @@
 import torch
 
 from attnopt.ir import expr as E
-from attnopt.ir.mask import Causal
+from attnopt.ir.mask import Causal, Where
 from attnopt.ir.spec import Operand, Spec
 from attnopt.kernels.triton import reasons
 from attnopt.kernels.triton.printer import live
 from attnopt.kernels.triton.tiles import (
     ARCHITECTURES,
+    Tile,
     architecture,
     candidates,
     default,
@@ -20,6 +21,8 @@ from attnopt.kernels.triton.widths import needs_wide
 
 s = E.score
 HALF = (torch.float16,) * 3
+FACTORS = tuple(Operand(name, (axis,), role="factor")
+                for name, axis in (("left", "q"), ("right", "k")))
 
 
 def test_every_device_has_tiles_for_every_width() -> None:
@@ -46,12 +49,22 @@ def test_unknown_devices_count_as_the_nearest_older_one() -> None:
     assert architecture("gfx1100").name == "gfx90a"
 
 
+def test_capability_is_a_number() -> None:
+    narrow = Tile(64, 64, 8, 1)
+    known = {a.name: (a.capability, legal(narrow, a, 64, 64, 2)) for a in ARCHITECTURES.values()}
+    assert known == {
+        "sm_80": (80, True), "sm_86": (86, True), "sm_89": (89, True), "sm_90": (90, False),
+        "sm_100": (100, False), "sm_120": (120, True), "gfx942": (0, True), "gfx90a": (0, True)}
+    for name in ("sm_90", "sm_100"):
+        assert all(t.rows >= 16 * t.warps for t in candidates(name, 64, 64))
+
+
 def test_widths_are_padded_to_powers_of_two() -> None:
     assert [padded(n) for n in (1, 16, 17, 96, 128)] == [16, 16, 32, 128, 128]
 
 
 def test_what_is_taken() -> None:
-    for spec in (Spec(), Spec(mask=Causal()), Spec(score="key"),
+    for spec in (Spec(), Spec(mask=Causal()), Spec(score="key"), Spec(score="distance"),
                  Spec(weights=E.weight * E.weight, renormalize=True)):
         assert reasons(spec, HALF) == [] or reasons(spec, HALF) == ["triton is not installed"]
 
@@ -63,7 +76,8 @@ def test_what_is_declined_and_why() -> None:
     mix = (Operand("mix", None, role="mix"),)
     assert "heads must not be mixed" in why(Spec(mix_logits="mix", operands=mix))
     assert "dropout must be 0, got 0.1" in why(Spec(dropout=0.1))
-    assert "score must be dot or key, got distance" in why(Spec(score="distance"))
+    masked = Spec(mask=Where(E.const(0.0) < E.inner("left", "right")), operands=FACTORS)
+    assert "a low-rank term must be part of the logits" in why(masked)
     assert "compute must be float32 or less" in why(Spec(compute="float64"))
     assert "got float64" in why(Spec(), dtypes=(torch.float64,) * 3)
     assert "device must be cuda, got cpu" in why(Spec(), device="cpu")
@@ -75,9 +89,11 @@ def test_what_is_declined_and_why() -> None:
                  operands=(Operand("table", None, role="table"),))
     assert why(table, requires_grad=True) == why(Spec())
     assert why(table, grads_of=("table",)) == why(Spec())
-    factors = Spec(logits=s + E.inner("left", "right"), operands=tuple(
-        Operand(name, (axis,), role="factor") for name, axis in (("left", "q"), ("right", "k"))))
-    assert "the gradient is not made for left" in why(factors, grads_of=("left",))
+    factors = Spec(logits=s + E.inner("left", "right"), operands=FACTORS)
+    assert why(factors, grads_of=("left", "right")) == why(Spec())
+    twice = Spec(logits=s + E.inner("left", "right"), operands=FACTORS,
+                 output=E.out * E.load("left"))
+    assert "the gradient is not made for left" in why(twice, grads_of=("left",))
 
 
 def test_integers_are_wide_only_where_they_must_be() -> None:

@@ -25,7 +25,7 @@ from attnopt.ir.spec import Operand, Spec
 from attnopt.ir.tiling import GridTile, tilings_of
 from attnopt.kernels.reference import reference
 from attnopt.kernels.triton.attention import Attention
-from attnopt.kernels.triton.boxes import Boxes, boxes_of, grid_of
+from attnopt.kernels.triton.boxes import Boxes, boxes_of, part_on_grid
 from attnopt.kernels.triton.tiles import Tile
 from tests.kernels.cases import close, doubled
 from tests.kernels.triton.cases import SCALED, Shape, check_forward, check_gradients
@@ -256,7 +256,7 @@ def test_gradient_of_heads_that_share_keys_but_not_lists() -> None:
     KeyKeep("pad"), KeyKeep("pad") & Neighborhood((3, 3), (2, 1), length=(6, 28)),
     Neighborhood((2, 2, 2), length=(4, 5, 9)), Windows((3, 4), length=(6, 28))), ids=str)
 def test_gradients(mask: Mask) -> None:
-    part = grid_of(mask)
+    part = part_on_grid(mask)
     tokens = 60 if part is None else math.prod(part.length)
     assert part is None or boxes_of(mask, tokens, tokens, 16, 16) is not None
     pad = torch.rand(1, 1, 1, tokens) < 0.5

@@ -73,9 +73,6 @@ def test_tables_that_are_not_taken() -> None:
     squared = Spec(logits=SCALED + E.load("table", h, E.call("floor", E.load("table", h, q))),
                    operands=(TABLE,))
     assert backward.kinds(squared, frozenset(("table",)), ()) is None
-    factors = tuple(Operand(n, ("h", a), role="factor") for n, a in (("left", "q"), ("right", "k")))
-    inner = Spec(logits=SCALED + E.inner("left", "right"), operands=factors)
-    assert backward.kinds(inner, frozenset(("left",)), ()) is None
 
 
 def test_copies() -> None:

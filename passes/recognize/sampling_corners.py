@@ -1,0 +1,260 @@
+"""Samples that are written out: the four texels around a place, read by index, times their shares.
+
+    f = floor(x), g = floor(y)
+    sample = sum over i, j in {0, 1} of  v[g + j, f + i] * share_i(x) * share_j(y)
+    share_0(x) = 1 - (x - f),  share_1(x) = x - f
+
+which is F.grid_sample's linear sample with zeros outside, at (x, y) in texels, if a corner outside
+of the map counts as 0. Exports without GridSample spell it so: the map is padded by zeros and
+indices are clamped into what is padded (Pad, Gather, Mul, Add), or indices are clamped into the map
+and a mask of the corners inside is a factor. Texels are read by torch.gather of flat numbers
+y * w + x or by an advanced index. All of it is proved from the program: which texel a corner is,
+its share of it along each axis, and that nothing but 0 is read where it is clamped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.passes.normalize import is_tensor, op_name
+from attnopt.passes.recognize.axes import (
+    Layout,
+    broadcast,
+    same_length,
+    settle,
+    shape_of,
+)
+from attnopt.passes.recognize.layout import LAYOUT_OPS, back
+from attnopt.passes.recognize.program import Program
+from attnopt.passes.recognize.sampling_places import (
+    ORDER,
+    Affine,
+    Corner,
+    Places,
+    converts,
+    same,
+    unpadded,
+)
+from attnopt.passes.recognize.sampling_sums import Operand, Sample
+from attnopt.rules import Decline
+
+#: nodes between the sum of the corners and the four look-ups
+_MOST_NODES = 64
+_READS = frozenset(("gather", "index"))
+_AND = frozenset(("logical_and", "bitwise_and", "__and__"))
+
+
+def corner_reads(node: fx.Node) -> list[fx.Node]:
+    """The four look-ups at rounded places that `node` is the sum of; empty for anything else."""
+    if op_name(node) != "add" or not is_tensor(node):
+        return []
+    reads = _between(node)[1]
+    return reads if len(reads) == 4 and all(map(_at_floor, reads)) else []
+
+
+def _at_floor(read: fx.Node) -> bool:
+    """Does an index come from a number that is rounded down?"""
+    seen, stack = set[fx.Node](), list(read.all_input_nodes[1:])
+    while stack and len(seen) < _MOST_NODES:
+        node = stack.pop()
+        if node in seen or node.op != "call_function" or not is_tensor(node):
+            continue
+        if op_name(node) == "floor":
+            return True
+        seen.add(node)
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def corners(program: Program, node: fx.Node, layout: Layout) -> Sample:
+    """The linear sample that `node` is, of a grid of two axes."""
+    read = _Corners(node, program.constant)
+    sample = read.sample(layout)
+    author = program.view.author
+    region = author[node].meta.get("attnopt_region")
+    if any(author[n].meta.get("attnopt_region") != region or n.meta.get("attnopt_opaque")
+           for n in read.walked):
+        raise Decline("the corners of a sample span a no_grad or autocast region", node)
+    return sample
+
+
+def _between(end: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What lies between `end` and the look-ups that are summed, and these."""
+    seen, reads, stack = dict[fx.Node, None](), list[fx.Node](), [end]
+    while stack and len(seen) < _MOST_NODES:
+        node = stack.pop()
+        if node in seen or node.op != "call_function" or not is_tensor(node) \
+                or not node.meta["val"].is_floating_point():
+            continue
+        seen[node] = None
+        name = op_name(node)
+        if name in _READS:
+            reads.append(node)
+        elif name in ("add", "mul"):
+            stack.extend(node.all_input_nodes)
+        elif name in LAYOUT_OPS:
+            stack.append(node.args[0])  # type: ignore[arg-type]
+    return list(seen), [] if stack else reads
+
+
+class _Corners:
+    """Reads one sum of corners."""
+
+    def __init__(self, end: fx.Node, constant: Callable[[Any], Any]) -> None:
+        self.end = end
+        self.path, self.reads = _between(end)
+        self.leads: set[fx.Node] = set()
+        more = set(self.reads)
+        while more:
+            self.leads |= more
+            more = {n for n in self.path if not self.leads.isdisjoint(n.all_input_nodes)}
+            more -= self.leads
+        self.places = Places(constant)
+        self.walked = self.places.walked
+
+    # -- the sum ----------------------------------------------------------------------------
+    def sample(self, layout: Layout) -> Sample:
+        found: list[Corner] = []
+        self._sum(self.end, layout, [], found)
+        maps = [unpadded(c) for c in found]
+        first, space, pads = maps[0]
+        bases = tuple(p.base for p in found[0].places)
+        seen = set()
+        for corner, (own, axes, around) in zip(found, maps, strict=True):
+            for mine, theirs in zip(axes, space, strict=True):
+                if not same_length(mine.size, theirs.size):
+                    raise Decline("corners of several maps", self.end)
+                mine.become((theirs,))
+            if own[0] is not first[0] or settle(own[1]) != settle(first[1]) or around != pads:
+                raise Decline("corners of several maps", self.end)
+            if len(corner.shares) != 2:
+                raise Decline("a corner has not one share for each axis", self.end)
+            seen.add(tuple(_side(corner, i, base, space[i].size, pads[i])
+                           for i, base in enumerate(bases)))
+            if any(not any(same(b[0], base) for base in bases) for b in corner.bounds):
+                raise Decline("a mask of something else", self.end)
+        if len(found) != 4 or len(seen) != 4 or same(bases[0], bases[1]):
+            raise Decline("not each corner once", self.end)
+        locations, coordinate, order = self.places.locations(bases, self.end)
+        return Sample(self.end, (first[0], settle(first[1])), space, locations, coordinate,
+                      "linear", "zeros", False, "texels", order=order,
+                      inner=tuple(n for n in self.path if n in self.leads))
+
+    def _sum(self, node: Any, layout: Layout, factors: Sequence[Operand],
+             found: list[Corner]) -> None:
+        layout = settle(layout)
+        self.walked.append(node)
+        name = op_name(node)
+        step = back(node, layout)
+        if node in self.reads:
+            corner = self.places.texel(node, layout)
+            for factor in factors:
+                self._factor(*factor, corner)
+            found.append(corner)
+        elif step is not None:
+            self._sum(*step, factors, found)
+        else:
+            if name == "add" and node.args[1] == 0:
+                self._sum(node.args[0], layout, factors, found)
+                return
+            sides = [(x, broadcast(layout, shape_of(x.meta["val"])))
+                     for x in node.args if is_tensor(x)]
+            if len(sides) != 2 or node.kwargs.get("alpha", 1) != 1:
+                raise Decline("not a sum of weighted corners", node)
+            leading = [s for s in sides if s[0] in self.leads]
+            if name == "add" and len(leading) == 2 and all(s[1] == layout for s in sides):
+                for side in sides:
+                    self._sum(*side, factors, found)
+            elif name == "mul" and len(leading) == 1 and leading[0][1] == layout:
+                other = sides[1] if sides[0] is leading[0] else sides[0]
+                self._sum(*leading[0], [*factors, other], found)
+            else:
+                raise Decline("not a sum of weighted corners", node)
+
+    # -- factors ----------------------------------------------------------------------------
+    def _factor(self, node: Any, layout: Layout, corner: Corner) -> None:
+        """Shares and masks that a corner is multiplied by."""
+        while (step := back(node, layout)) is not None:
+            self.walked.append(node)
+            node, layout = step
+        layout, name = settle(layout), op_name(node) if node.op == "call_function" else ""
+        source: Any = node.args[0] if node.args else None
+        self.walked.append(node)
+        if converts(node) and source.meta["val"].dtype.is_floating_point is False:
+            self._factor(source, layout, corner)
+        elif name in _AND or name == "mul":
+            for part in node.args[:2]:
+                if not is_tensor(part) or name in _AND and part.meta["val"].dtype is not torch.bool:
+                    raise Decline("a factor of a corner that is neither share nor mask", node)
+                self._factor(part, broadcast(layout, shape_of(part.meta["val"])), corner)
+        elif name in ORDER:
+            corner.bounds.append(self._bound(node, layout, name))
+        else:
+            corner.shares.append(self._affine(node, layout, [p.base for p in corner.places]))
+
+    def _bound(self, node: Any, layout: Layout, name: str) -> tuple[Operand, int, float]:
+        """floor(x) + number against a number, as the least or greatest floor(x)."""
+        source, number = node.args[:2]
+        if not is_tensor(source) or type(number) not in (int, float) or number % 1:
+            raise Decline("a mask that is no comparison with a number", node)
+        place = self.places.place(source, broadcast(layout, shape_of(source.meta["val"])))
+        if (place.low, place.high) != (-math.inf, math.inf):
+            raise Decline("a mask of what is clamped", node)
+        sign = ORDER[name]
+        return place.base, sign, number - place.behind + (sign if name in ("gt", "lt") else 0)
+
+    def _affine(self, node: Any, layout: Layout, bases: Sequence[Operand]) -> Affine:
+        if type(node) in (int, float):
+            return Affine(None, 0, 0, node)
+        if not is_tensor(node):
+            raise Decline("a share of a corner that is not known", self.end)
+        node, layout = self.places.plain(node, layout)
+        for known in bases:
+            if same(known, (node, layout)):
+                return Affine(known, 1, 0, 0)
+        name = op_name(node) if node.op == "call_function" else ""
+        if name == "floor":
+            inner = self._affine(node.args[0], layout, bases)
+            if (inner.place, inner.floor, inner.number) == (1, 0, 0):
+                return Affine(inner.base, 0, 1, 0)
+        self.walked.append(node)
+        if name in ("add", "sub", "rsub") and node.kwargs.get("alpha", 1) == 1 \
+                and len(node.args) == 2:
+            left, right = (self._affine(
+                x, broadcast(layout, shape_of(x.meta["val"])) if is_tensor(x) else (), bases)
+                for x in (node.args[::-1] if name == "rsub" else node.args))
+            base = left.base or right.base
+            if left.base is None or right.base is None or same(left.base, right.base):
+                sign = 1 if name == "add" else -1
+                return Affine(base, left.place + sign * right.place,
+                               left.floor + sign * right.floor, left.number + sign * right.number)
+        raise Decline("a share of a corner that is not known", node)
+
+
+def _side(corner: Corner, at: int, base: Operand, size: Any, pad: tuple[int, int]) -> int:
+    """0 or 1: which corner along an axis it is; nothing but 0 is added where it is outside."""
+    place = corner.places[at]
+    shares = [(s.place, s.floor, s.number) for s in corner.shares
+              if s.base is not None and same(s.base, base)]
+    if len(shares) != 1 or not same(place.base, base):
+        raise Decline("a corner has not one share for each axis", base[0])
+    side = {(-1.0, 1.0, 1.0): 0, (1.0, -1.0, 0.0): 1}.get(shares[0])
+    moved = place.behind - pad[0]
+    if side is None or place.before + moved != side:
+        raise Decline("a share that belongs to another corner", base[0])
+    masks = {(sign, number) for b, sign, number in corner.bounds if same(b, base)}
+    least, most = (1, -side), (-1, size - 1 - side)
+    if masks - {least, most}:
+        raise Decline("a mask that is not that of the map", base[0])
+    low, high = place.low + moved, place.high + moved
+    if not masks and (low, high) == (0, size - 1):
+        raise Decline("corners outside of the map count as its border", base[0])
+    if not -pad[0] <= low <= (0 if least in masks else -1) \
+            or not size - (most in masks) <= high <= size - 1 + pad[1]:
+        raise Decline("a coordinate that is not clamped to the grid", base[0])
+    return side

@@ -1,0 +1,177 @@
+"""Linear sampling by index: the four texels around a place times their shares, and near misses.
+
+Functions of value, locations and weights as in `sampling_spellings`; a sample of a level is a
+function of a map (N, C, h, w) and of x and y (N, Q, P) in texels with a result (N, C, Q, P).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from tests.spellings.sampling_spellings import (
+    GRIDS,
+    Spelling,
+    by_head,
+    grids,
+    maps,
+    queries_first,
+)
+
+
+def places(locations):
+    """x and y of each level, in texels."""
+    for at, (h, w) in zip(grids(locations), GRIDS, strict=True):
+        yield ((at[..., 0] + 1) * w - 1) / 2, ((at[..., 1] + 1) * h - 1) / 2
+
+
+def summed(value, locations, weights, sample):
+    parts = [sample(v, x, y) for v, (x, y) in zip(maps(value), places(locations), strict=True)]
+    return queries_first((torch.stack(parts, -2).flatten(-2) * by_head(weights)).sum(-1))
+
+
+def gathered(flat, place):
+    """(N, C, S) at (N, Q, P)"""
+    at = place.flatten(1).unsqueeze(1).expand(-1, flat.shape[1], -1)
+    return torch.gather(flat, 2, at).view(*flat.shape[:2], *place.shape[1:])
+
+
+def padded(v, x, y, fill=0.0, mode="constant", wide=0, swap=False, loose=0):
+    h, w = v.shape[2:]
+    flat = (F.pad(v, (1, 1, 1, 1), value=fill) if mode == "constant"
+            else F.pad(v, (1, 1, 1, 1), mode=mode)).flatten(2)
+    x0, y0 = torch.floor(x), torch.floor(y)
+    fx, fy = (y - y0, x - x0) if swap else (x - x0, y - y0)
+
+    def texel(column, row):
+        column = (column + 1).clamp(0, w + 1 - loose).long()
+        row = (row + 1).clamp(0, h + 1).long()
+        return gathered(flat, row * (w + 2 + wide) + column)
+
+    return (texel(x0, y0) * ((1 - fx) * (1 - fy)).unsqueeze(1)
+            + texel(x0 + 1, y0) * (fx * (1 - fy)).unsqueeze(1)
+            + texel(x0, y0 + 1) * ((1 - fx) * fy).unsqueeze(1)
+            + texel(x0 + 1, y0 + 1) * (fx * fy).unsqueeze(1))
+
+
+def masked(v, x, y, late=0, kept=True):
+    h, w = v.shape[2:]
+    x0, y0 = x.floor().long(), y.floor().long()
+    x1, y1 = x0 + 1, y0 + 1
+
+    def texel(column, row):
+        inside = (column >= late) & (column < w) & (row >= 0) & (row <= h - 1)
+        found = gathered(v.flatten(2), row.clamp(0, h - 1) * w + column.clamp(0, w - 1))
+        return found * inside.unsqueeze(1).to(v.dtype) if kept else found
+
+    left, top = x1.to(x.dtype) - x, y1 - y
+    a, b = (top * left)[:, None], (top * (x - x0))[:, None]
+    c, d = ((y - y0) * left)[:, None], ((y - y0) * (x - x0))[:, None]
+    return a * texel(x0, y0) + b * texel(x1, y0) + c * texel(x0, y1) + d * texel(x1, y1)
+
+
+def chosen(v, x, y):
+    """Indices kept within a padded map by torch.where, as mmcv's form without grid_sample does."""
+    n, c, h, w = v.shape
+    size, x, y = x.shape[1:], x.flatten(1), y.flatten(1)
+    x0, y0 = torch.floor(x).long(), torch.floor(y).long()
+    x1, y1 = x0 + 1, y0 + 1
+    shares = [((x1 - x) * (y1 - y)).unsqueeze(1), ((x1 - x) * (y - y0)).unsqueeze(1),
+              ((x - x0) * (y1 - y)).unsqueeze(1), ((x - x0) * (y - y0)).unsqueeze(1)]
+    flat = F.pad(v, [1, 1, 1, 1], mode="constant", value=0).view(n, c, -1)
+    x0, x1, y0, y1 = x0 + 1, x1 + 1, y0 + 1, y1 + 1
+
+    def kept(index, most):
+        index = torch.where(index < 0, torch.tensor(0), index)
+        return torch.where(index > most, torch.tensor(most), index)
+
+    x0, x1, y0, y1 = kept(x0, w + 1), kept(x1, w + 1), kept(y0, h + 1), kept(y1, h + 1)
+    texels = [torch.gather(flat, 2, (a + b * (w + 2)).unsqueeze(1).expand(-1, c, -1))
+              for a, b in ((x0, y0), (x0, y1), (x1, y0), (x1, y1))]
+    total = texels[0] * shares[0] + texels[1] * shares[1]
+    return (total + texels[2] * shares[2] + texels[3] * shares[3]).reshape(n, c, *size)
+
+
+def indexed(v, x, y, cut=False):
+    """Row by row, of v[batch, :, y, x]."""
+    h, w = v.shape[2:]
+    batch = torch.arange(v.shape[0], device=v.device)[:, None, None]
+    x0, y0 = (x.long().float(), y.floor()) if cut else (x.floor(), y.floor())
+
+    def texel(column, row):
+        inside = ((column >= 0) & (column <= w - 1)
+                  & torch.logical_and(row > -1, row < h)).unsqueeze(-1)
+        column, row = column.clamp(0, w - 1).long(), row.clamp(0, h - 1).long()
+        return v[batch, :, row, column] * inside
+
+    fx, fy = (x - x0).unsqueeze(-1), (y - y0).unsqueeze(-1)
+    upper = texel(x0, y0) * (1 - fx) + texel(x0 + 1, y0) * fx
+    lower = texel(x0, y0 + 1) * (1 - fx) + texel(x0 + 1, y0 + 1) * fx
+    return (upper * (1 - fy) + lower * fy).permute(0, 3, 1, 2)
+
+
+def padded_gathers(value, locations, weights):
+    """Pad, Gather, Mul and Add, as exports without GridSample have it."""
+    return summed(value, locations, weights, padded)
+
+
+def masked_gathers(value, locations, weights):
+    return summed(value, locations, weights, masked)
+
+
+def chosen_corners(value, locations, weights):
+    return summed(value, locations, weights, chosen)
+
+
+def indexed_corners(value, locations, weights):
+    return summed(value, locations, weights, indexed)
+
+
+def masked_rows(value, locations, weights):
+    """Of rows (B, S, C) with the places cut from one tensor, one level and head at a time."""
+    out, first = [], 0
+    for head in range(value.shape[2]):
+        total, first = 0, 0
+        for level, (h, w) in enumerate(GRIDS):
+            v = value[:, first:first + h * w, head]
+            at = locations[:, :, head].unflatten(2, (len(GRIDS), -1))[:, :, level]
+            at = at * torch.tensor([w, h], dtype=at.dtype) - 0.5
+            low = at.floor()
+            part = at - low
+            sample = 0
+            for i in (0, 1):
+                for j in (0, 1):
+                    x, y = low[..., 0] + i, low[..., 1] + j
+                    share = (part[..., 0] if i else 1 - part[..., 0]) * (
+                        part[..., 1] if j else 1 - part[..., 1])
+                    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+                    place = (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).long()
+                    found = v.gather(1, place.flatten(1)[..., None].expand(-1, -1, v.shape[-1]))
+                    found = found.unflatten(1, tuple(place.shape[1:]))
+                    sample = sample + found * (share * inside)[..., None]
+            own = weights[:, :, head].unflatten(2, (len(GRIDS), -1))[:, :, level]
+            total = total + (sample * own[..., None]).sum(2)
+            first += h * w
+        out.append(total)
+    return torch.cat(out, -1)
+
+
+ROWS = Spelling(masked_rows, parts=True)
+CORNERS = [Spelling(padded_gathers, parts=True), Spelling(masked_gathers, parts=True),
+           Spelling(chosen_corners, parts=True), Spelling(indexed_corners, parts=True)]
+
+
+# -- near misses -----------------------------------------------------------------------------------
+def _near(name, sample, **how):
+    def form(value, locations, weights):
+        return summed(value, locations, weights, lambda v, x, y: sample(v, x, y, **how))
+    form.__name__ = name
+    return form
+
+
+NEAR_CORNERS = [
+    _near("padded_by_ones", padded, fill=1.0), _near("padded_otherwise", padded, mode="replicate"),
+    _near("rows_too_wide", padded, wide=-1), _near("shares_of_the_other_axis", padded, swap=True),
+    _near("clamped_too_early", padded, loose=1), _near("masked_too_much", masked, late=1),
+    _near("not_masked", masked, kept=False), _near("cut_not_rounded_down", indexed, cut=True),
+]
