@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -48,6 +49,13 @@ class Browser:
     def run(self, script: str) -> Any:
         """What `return ...` of a script in the page gives."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": []})
+
+    def becomes(self, script: str, wanted: Any, seconds: float = 20.0) -> Any:
+        """What the script gives once it gives `wanted`, or at last."""
+        end = time.monotonic() + seconds
+        while (found := self.run(script)) != wanted and time.monotonic() < end:
+            time.sleep(0.05)
+        return found
 
     def type(self, selector: str, text: str) -> None:
         found = self._ask("POST", "/element", {"using": "css selector", "value": selector})
