@@ -14,6 +14,14 @@ class OptionError(AttnOptError, ValueError):
     """An argument is of a wrong type or value: "X must be ..., got ..."."""
 
 
+class MissingPackageError(OptionError, ModuleNotFoundError):
+    """A package that only one use needs is not installed; the message says how to install it."""
+
+    def __init__(self, reason: str, name: str) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
 class CaptureError(AttnOptError):
     """A model, or one call of it, cannot be brought into one graph.
 

@@ -26,7 +26,7 @@ from attnopt import agreement
 from attnopt.errors import AttnOptError, OptionError
 from attnopt.files import whole_file
 from attnopt.kernels.portable import table as portable_table
-from attnopt.program import exported
+from attnopt.program import exported, to_compare
 from attnopt.report import Report
 
 #: what can be written: a program with attnopt's operators, one of ATen alone, that one compiled
@@ -39,7 +39,8 @@ class Packaged:
 
     path:   of the file
     size:   of it in bytes
-    error:  largest absolute difference from the model on the example; None without `verify`
+    error:  largest absolute difference from the model on the example, with the approximations that
+            were asked for; None without `verify`
     report: what became of each attention
     """
 
@@ -122,8 +123,10 @@ def write(
         else:
             torch.export.save(program, part)
             run = program.module()
-        error = agreement.compare(run, agreement.original(model), args, kwargs or {}) \
-            if verify else None
+        error = None
+        if verify:
+            wanted = to_compare(model, args, kwargs, dynamic_shapes, options, report)
+            error = agreement.compare(run, wanted, args, kwargs or {})
         found = Packaged(target, part.stat().st_size, error, report)
     return found
 

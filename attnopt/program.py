@@ -25,7 +25,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.agreement import original
 from attnopt.errors import CaptureError, OptionError, StrictError
+from attnopt.factor_numbers import write_factors
 from attnopt.files import whole_file
 from attnopt.ir.site import SiteRecord
 from attnopt.kernels.portable import table as portable_table
@@ -93,6 +95,8 @@ def exported(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
         rewritten = pipeline.rewrite(traced.captured, options)
         again = functools.partial(_export_again, model, traced.captured, rewritten, args, kwargs,
                                   dynamic_shapes)
+        if lowered:
+            write_factors(rewritten.graph_module, constants(model, traced.captured))
         if not lowered:
             program = again()
         elif traced.captured.symbols:
@@ -109,6 +113,24 @@ def exported(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
                     after=rewritten.text_after, graphs=[rewritten.record],
                     kernels=rewritten.kernels, notes=list(traced.captured.notes))
     return program, report
+
+
+def to_compare(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None,
+               dynamic_shapes: Any, given: Mapping[str, Any], report: Report
+               ) -> Callable[..., Any]:
+    """What a file of such a report must compute: what the author's model does, or where the user
+    asked for approximations and some were used, what a program with these does."""
+    if not approximations(report):
+        return original(model)
+    found = exported(model, args, kwargs, dynamic_shapes, {**given, "backend": "aten"},
+                     portable_table())[0].module()
+    return found
+
+
+def approximations(report: Report) -> tuple[str, ...]:
+    """What was approximated, by site."""
+    return tuple(f"{s.path or s.node}: {s.approximation}, off by {s.deviation:.1e}"
+                 for s in report.sites if s.status == "rewritten" and s.deviation is not None)
 
 
 def raise_if_kept(sites: Iterable[SiteRecord]) -> None:
@@ -171,6 +193,16 @@ def _export_again(model: nn.Module, captured: Any, rewritten: pipeline.Rewritten
                                    strict=False)
     except Exception as error:
         raise CaptureError(f"the rewritten graph cannot be exported: {error}") from error
+
+
+def constants(model: nn.Module, captured: Any) -> dict[str, torch.Tensor]:
+    """The buffers and literals of a model by the placeholder that brings them, as they are now."""
+    found = {}
+    for name, origin in captured.origins.items():
+        if origin.kind not in ("input", "parameter"):
+            home = find_slot(model, origin.path) if origin.held else None
+            found[name] = captured.values[name] if home is None else home[0][home[1]]
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 class _Program(nn.Module):

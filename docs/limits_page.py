@@ -15,6 +15,7 @@ from pathlib import Path
 from attnopt import agreement, approximations, packaging, program
 from attnopt.commands import models
 from attnopt.onnx import export as onnx_export
+from attnopt.onnx import saving
 from attnopt.passes import verify
 from attnopt.passes.rules import REGISTRY, cost
 from docs.markdown import docstring, first, table
@@ -100,5 +101,12 @@ def _files() -> Iterator[str]:
                 *docstring(packaging.__doc__, skip=1), "",
                 f"ONNX: opsets {onnx_export.OPSETS[0]} to {onnx_export.OPSETS[-1]}. "
                 + first(onnx_export.__doc__.partition("\n\n")[2]), "",
+                f"Where the initializers of a model exceed {saving.LARGE / 2 ** 30:g} GiB, the "
+                "large ones go to `<path>.data` beside the file, and both must be moved together. "
+                "What is no initializer must stay below 2 GB. A file is compared with the model on "
+                "the example and, where sizes are dynamic, on two others; NaN must be in the same "
+                "places. For other inputs with NaN or infinity nothing is checked, and runtimes "
+                "may differ. With approximations among the rules, a file is compared with a "
+                "program that has them.", "",
                 "What the command line trusts:", "",
                 first(models.__doc__.rpartition("\n\n")[2]), "")

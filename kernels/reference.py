@@ -93,14 +93,14 @@ class _Run:
 
     def full(self, expr: Expr) -> Tensor:
         """The value at every (…, q, k)."""
-        value = torch.as_tensor(self.value_of(expr), device=self.leaves[E.score].device)
-        shape = torch.broadcast_shapes(value.shape, self.shape)
-        return value.to(self.dtype).expand(shape)
+        value = torch.as_tensor(self.value_of(expr), dtype=self.dtype,
+                                device=self.leaves[E.score].device)
+        return value.expand(torch.broadcast_shapes(value.shape, self.shape))
 
     def row(self, expr: Expr) -> Tensor:
         """The value at every (…, q), with one column."""
-        value = torch.as_tensor(self.value_of(expr), device=self.leaves[E.score].device)
-        return value.to(self.dtype).expand(*self.shape[:-1], 1)
+        return torch.as_tensor(self.value_of(expr), dtype=self.dtype,
+                               device=self.leaves[E.score].device).expand(*self.shape[:-1], 1)
 
     def normalize(self, x: Tensor) -> None:
         """w = normalizer(x), and the statistics of its rows."""

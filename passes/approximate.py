@@ -9,8 +9,9 @@ Verification cannot ask for the model's own numbers. It demands instead that
     the site's exact Spec, on the same tensors, gives what the model gives: it was understood
     the rewritten site gives what the new Spec means, in float64: it is computed right
 
-each by the bound of `attnopt.passes.verify`, and measures what the approximation changes: the root
-mean square of the difference over that of the exact result. With a tolerance it must stay below.
+each by the bound of `attnopt.passes.acceptance`, and measures what the approximation changes: the
+root mean square of the difference over that of the exact result. With a tolerance it must stay
+below.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from attnopt.ir.captured import Captured
 from attnopt.ir.mask import ALL, BlockMap, Mask
 from attnopt.ir.site import SiteRecord
 from attnopt.ir.spec import Operand, Schedule, Spec, leading_axes
-from attnopt.passes import cut_bias, oracle
+from attnopt.passes import acceptance, cut_bias, oracle
 from attnopt.passes.analyze.structure import words
 from attnopt.passes.canonical import Canonical, Recipe, Tensor
 from attnopt.passes.normalize import View
@@ -147,7 +148,7 @@ def judge(captured: Captured, view: View, c: Candidate, known: Mapping[fx.Node, 
     exact = {n: oracle.double(v) for n, v in known.items()}
     truth = oracle.run(c.parts[0].site.end, exact, precise=True)
     own = _run(c, view, known, env, precise=False, exact=True)
-    ok, err, err_original, bound = verify.judge(own, original, truth)
+    ok, err, err_original, bound = acceptance.judge(own, original, truth)
     if not ok:
         c.reason = (f"without the approximation the result is off by {err} from float64, the "
                     f"original by {err_original:.3g}, allowed are {bound:.3g}")
@@ -166,7 +167,7 @@ def judge(captured: Captured, view: View, c: Candidate, known: Mapping[fx.Node, 
         return _run(c, view, values, others, precise=precise, tables=plain)
 
     composed, reference = wanted(known, env, False), wanted(exact, env, True)
-    ok, c.error, c.error_original, c.bound = verify.judge(new, composed, reference)
+    ok, c.error, c.error_original, c.bound = acceptance.judge(new, composed, reference)
     if not ok:
         c.reason = (f"the result is off by {c.error} from the approximation in float64, allowed "
                     f"are {c.bound:.3g}")

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnopt.passes.normalize import writes
+
 aten = torch.ops.aten
 _POINTWISE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 _VIEWS = (aten.reshape.default, aten.view.default, aten.flatten.using_ints,
@@ -115,10 +117,24 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> int:
                 or len(inner.users) != 1 or inner.kwargs \
                 or not _same(inner.meta["val"].shape, value.shape) \
                 or not all(_plain(a) for a in inner.args) \
-                or len({a.meta["val"].dtype for a in (base, node, *inner.args)}) > 1:
+                or len({a.meta["val"].dtype for a in (base, node, *inner.args)}) > 1 \
+                or not _movable(inner, node):
             continue
         _spread_operands(graph, inner)
         node.target, node.args = _FUSED[inner.target], (base, *inner.args)
         graph.erase_node(inner)
         return 1
     return 0
+
+
+def _movable(inner: fx.Node, node: fx.Node) -> bool:
+    """Does `inner` give the same at the place of `node`, which is the later one? Nothing is
+    written in between, and both record gradients or neither does."""
+    if inner.meta.get("attnopt_region") != node.meta.get("attnopt_region"):
+        return False
+    at = node.prev
+    while at is not inner:
+        if at.op == "call_function" and writes(at):
+            return False
+        at = at.prev
+    return True

@@ -136,6 +136,7 @@ class _Functionaliser:
         else:
             args, kwargs = self.arguments(node)
             fresh = self.emit(node, node.target, args, kwargs)
+            _settle_select(fresh)
         self.current[node], self.seen[node] = fresh, now
         return fresh
 
@@ -154,6 +155,7 @@ class _Functionaliser:
 
     def copy(self, node: fx.Node) -> None:
         made = self.record(self.view.graph.node_copy(node, self.read), node)
+        _settle_select(made)
         parent = _aliased(node)
         root = node if parent is None else self.root(parent)
         self.view.roots[node], self.parent[node] = root, parent
@@ -253,6 +255,15 @@ class _Functionaliser:
                 unknown = self.emit(author, aten.alias.default, (self.current[author],))
                 unknown.meta["attnopt_opaque"] = True
                 self.current[author] = unknown
+
+
+def _settle_select(made: fx.Node) -> None:
+    """x[:, 0] of an axis of length 1 is x.squeeze(1): it moves elements and leaves none out."""
+    if made.target is aten.select.int:
+        source, dim = made.args[:2]
+        size = source.meta["val"].shape[dim]  # type: ignore[union-attr,index]
+        if isinstance(size, int) and size == 1:
+            made.target, made.args = aten.squeeze.dim, (source, dim)
 
 
 def _aliased(node: fx.Node) -> fx.Node | None:

@@ -85,7 +85,7 @@ def _execute(node: fx.Node, known: Mapping[fx.Node, Any], precise: bool) -> Any:
     if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point \
             and args and isinstance(args[0], torch.Tensor) and name not in (
                 "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones"):
-        kwargs["dtype"] = torch.float64
+        kwargs = {**kwargs, "dtype": torch.float64}
     args = tuple(map(double, args))
     return _double_all(node.target(*_like(node, args), **kwargs))  # type: ignore[operator]
 

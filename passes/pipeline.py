@@ -16,6 +16,7 @@ from attnopt.passes.analyze.provenance import Analysis
 from attnopt.passes.analyze.regather import regathered
 from attnopt.passes.analyze.regather_tokens import NotLocal
 from attnopt.passes.capture.guards import ValueGuard
+from attnopt.passes.capture.turns import settle_turns
 from attnopt.passes.clock import Clock
 from attnopt.passes.compiling import attention_calls, compile_kernels, kernel_texts
 from attnopt.passes.depict import depict
@@ -125,6 +126,7 @@ def _read(captured: Captured, options: Options, clock: Clock, *, put_back: bool 
           ) -> tuple[View, Program, Analysis, list[Planned], list[SamplingPlan], list[Miss]]:
     """What is in a graph. Moved scores are put back only where all are local attentions then."""
     with clock("normalize"):
+        settle_turns(captured.graph)
         view = functional_view(captured.graph)
     with clock("recognize"):
         kinds = {name: origin.kind for name, origin in captured.origins.items()}

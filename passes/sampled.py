@@ -2,13 +2,13 @@
 
 `canonicalize_sampling` finds for value, locations and weights the tensor of the author's program
 that all levels have been cut from, or else the parts to be put together; 2 * location - 1 in front
-of F.grid_sample becomes the range of the locations. `substitute_sampling` emits the call.
+of F.grid_sample becomes the range of the locations. The call is emitted by `substitute_sampling`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import attnopt.kernels.deformable  # noqa: F401 - registers the op
 from attnopt.kernels.deformable import Sampling
 from attnopt.passes.analyze.outer_volume import lifted
 from attnopt.passes.canonical import Target, Tensor, may_read
-from attnopt.passes.normalize import View, is_tensor, op_name
+from attnopt.passes.normalize import is_tensor, op_name
 from attnopt.passes.recognize.axes import (
     Axis,
     Layout,
@@ -27,17 +27,15 @@ from attnopt.passes.recognize.axes import (
     broadcast,
     product,
     resolve,
-    same_length,
     settle,
     shape_of,
 )
-from attnopt.passes.recognize.layout import LAYOUT_OPS, Arranger, back
+from attnopt.passes.recognize.layout import LAYOUT_OPS, back
 from attnopt.passes.recognize.pointwise import is_cast
 from attnopt.passes.recognize.program import SOFTMAX, Program
 from attnopt.passes.recognize.sampling import SamplingSite
 from attnopt.passes.recognize.sampling_parts import Levels, Step, furthest, join, trace
 from attnopt.passes.recognize.sampling_sums import Pick
-from attnopt.passes.substitute import Substitution, needs_strides
 from attnopt.rules import Decline
 
 aten = torch.ops.aten
@@ -125,6 +123,8 @@ def canonicalize_sampling(program: Program, site: SamplingSite) -> Sampled:
     batch, heads = _batch_and_heads(
         site, value[0], depth[:1], first.space if texels is None else texels.whole)
     points, pieces = _pieces(site.levels, site.points)
+    if not all(isinstance(product(p), int) for p in pieces):
+        raise Decline("a number of points that is not known", site.anchor)
     whole_texels, grids = _pieces(texels, [s.space for s in samples])
     last: Target = ((first.coordinate,),) if first.coordinate is not None else ()
 
@@ -135,8 +135,9 @@ def canonicalize_sampling(program: Program, site: SamplingSite) -> Sampled:
                 for s, p in zip(found, kept, strict=True)]
 
     lead: Target = (batch, site.rows, heads)
+    on_cpu = first.node.meta["val"].device.type == "cpu"
     plane = len(first.order or first.space) == 2 and not first.depth
-    as_nan = first.inner or first.node.meta["val"].device.type == "cpu"  # F.grid_sample's is there
+    as_nan = not first.hidden if first.inner else on_cpu  # F.grid_sample's is there
     not_finite = "nan" if plane and as_nan else "zero"
     made = Sampled(
         site, Sampling(tuple(product(p) for p in pieces), len(sizes[0]), first.mode, first.padding,
@@ -278,18 +279,25 @@ class _Finder:
 
 def _softmax(program: Program, site: SamplingSite, weights: Sequence[Tensor]) -> fx.Node | None:
     """The softmax over points whose result is only this site's weights, masked or not."""
-    path = _to_softmax(weights[0].node, weights[0].layout) if len(weights) == 1 else []
+    points = [a for p in site.points for a in p]
+    points += [] if site.levels is None else site.levels.whole
+    return softmax_for(program, site.end, weights[0].node, weights[0].layout, points) \
+        if len(weights) == 1 else None
+
+
+def softmax_for(program: Program, end: fx.Node, weights: fx.Node, layout: Layout,
+                points: Iterable[Axis]) -> fx.Node | None:
+    """The softmax over `points` that gives `weights` and nothing but what `end` is made of."""
+    path = _to_softmax(weights, layout)
     if not path:
         return None
     node, layout = path[-1]
     dim = node.args[1]
     assert isinstance(dim, int)
-    points = {a for p in site.points for a in resolve(p)}
-    points |= set() if site.levels is None else set(resolve(site.levels.whole))
-    inside = _between(site.end, {node})
+    inside = _between(end, {node})
     alone = all(u in inside for n, _ in path for u in program.users(n))
     return node if alone and "log" not in op_name(node) \
-        and set(resolve(settle(layout)[dim])) <= points else None
+        and set(resolve(settle(layout)[dim])) <= set(resolve(points)) else None
 
 
 def _to_softmax(node: Any, layout: Layout) -> list[tuple[fx.Node, Layout]]:
@@ -320,81 +328,3 @@ def _between(end: fx.Node, starts: set[fx.Node]) -> set[fx.Node]:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
-
-
-# -- emitting --------------------------------------------------------------------------------------
-def substitute_sampling(graph: fx.Graph, view: View, sampled: Sampled, schedule: str = ""
-                        ) -> Substitution:
-    """Emit the call right before the author's end, without re-wiring."""
-    site = sampled.site
-    end = view.author[site.end]
-    with graph.inserting_before(end):
-        arranger = Arranger(graph, end, {})
-        for tensor in sampled.tensors:
-            arranger.learn(view.author[tensor.node], tensor.layout)
-        shapes = [arranger.length(n) for n in sampled.grids]
-        value = _brought(arranger, view, sampled.value, 1)
-        depth = _brought(arranger, view, sampled.depth, 1, shared=2) if sampled.depth else None
-        each = [_brought(arranger, view, found, 3) for found in sampled.locations]
-        weights = _brought(arranger, view, sampled.weights, 3) if sampled.weights else None
-        locations = each[0]
-        if len(locations.meta["val"].shape) < 5:
-            shape = [*_shape(locations), len(each)]
-            locations = arranger.call(aten.stack.default, each, -1, shape=shape,
-                                      dtype=locations.meta["val"].dtype)
-        order = sampled.order
-        if order != tuple(range(len(order))):
-            parts = [arranger.call(aten.select.int, locations, -1, i, shape=_shape(locations)[:-1],
-                                   dtype=locations.meta["val"].dtype) for i in order]
-            locations = arranger.call(aten.stack.default, parts, -1, shape=_shape(locations),
-                                      dtype=locations.meta["val"].dtype)
-        shape = [product(resolve(dim)) for dim in sampled.result]
-        if weights is None:
-            first = arranger.call(aten.select.int, locations, -1, 0, shape=_shape(locations)[:-1],
-                                  dtype=locations.meta["val"].dtype)
-            weights = arranger.call(aten.ones_like.default, first, shape=_shape(first),
-                                    dtype=first.meta["val"].dtype)
-        dtype = torch.promote_types(value.meta["val"].dtype, weights.meta["val"].dtype)
-        out = arranger.call(torch.ops.attnopt.deformable_attention.default, value, locations,
-                            weights, depth, shapes, str(sampled.spec), schedule,
-                            shape=shape, dtype=dtype)
-        result = arranger.arrange(out, sampled.result, settle(site.out_layout))
-        lengths = [product(dim) for dim in settle(site.out_layout)]
-        wanted = end.meta["val"].dtype
-        if dtype != wanted:
-            result = arranger.call(aten.to.dtype, result, wanted, shape=lengths, dtype=wanted)
-        if needs_strides(end):
-            result = arranger.call(aten.contiguous.default, result, shape=lengths, dtype=wanted)
-    inputs = list(dict.fromkeys(view.author[t.node] for t in sampled.tensors))
-    return Substitution(end, inputs, arranger.emitted, result)
-
-
-def _brought(arranger: Arranger, view: View, parts: Sequence[Tensor], dim: int,
-             shared: int | None = None) -> fx.Node:
-    """The parts brought to their targets, whole dimensions, one behind the other along `dim`.
-
-    shared: a dimension that stays of length 1 where no part has an axis of it
-    """
-    have = frozenset().union(*(axes_of(t.layout) for t in parts))
-    nodes = []
-    for tensor in parts:
-        node = arranger.arrange(view.author[tensor.node], tensor.layout, tensor.target)
-        shape = [1 if i == shared and not have & set(resolve(axes)) else product(resolve(axes))
-                 for i, axes in enumerate(tensor.target)]
-        if not all(map(same_length, _shape(node), shape)):
-            node = arranger.call(aten.expand.default, node, [arranger.length(n) for n in shape],
-                                 shape=shape, dtype=node.meta["val"].dtype)
-        if not node.meta["val"].is_floating_point():  # coordinates: float32 holds these exactly
-            node = arranger.call(aten.to.dtype, node, torch.float32, shape=_shape(node),
-                                 dtype=torch.float32)
-        nodes.append(node)
-    if len(nodes) == 1:
-        return nodes[0]
-    shape = list(_shape(nodes[0]))
-    shape[dim] = sum(_shape(n)[dim] for n in nodes)
-    return arranger.call(aten.cat.default, nodes, dim, shape=shape,
-                         dtype=nodes[0].meta["val"].dtype)
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    return shape_of(node.meta["val"])

@@ -6,11 +6,13 @@ import fnmatch
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 import attnopt.kernels.deformable.levels  # noqa: F401 - registers the op
+import attnopt.kernels.deformable.two_stage  # noqa: F401 - registers its ops
 from attnopt.ir.captured import Captured
 from attnopt.ir.site import SiteRecord, module_path, source_line
 from attnopt.kernels.deformable.lowering import lowering
@@ -18,29 +20,36 @@ from attnopt.passes.normalize import View
 from attnopt.passes.options import Options
 from attnopt.passes.planning import explain, in_training
 from attnopt.passes.recognize.attention import Miss
+from attnopt.passes.recognize.axes import fresh, shape_of
 from attnopt.passes.recognize.program import Program
 from attnopt.passes.recognize.sampling import SamplingSite, find_samplings
 from attnopt.passes.rules import REGISTRY
 from attnopt.passes.rules.deformable import SamplingMatch, SamplingRegion
-from attnopt.passes.sampled import Sampled, canonicalize_sampling, substitute_sampling
+from attnopt.passes.sampled import Sampled, canonicalize_sampling, softmax_for
 from attnopt.passes.substitute import discard, rewire, written_later
+from attnopt.passes.substitute_sampling import substitute_sampling
 from attnopt.passes.verify import Candidate
 from attnopt.rules import Decline
 
 #: what the capture puts in the place of opaque autograd.Functions (passes.capture.opaque)
 OPAQUE = (torch.ops.attnopt.deformable_attention.default,
-          torch.ops.attnopt.deformable_attention_of_levels.default)
+          torch.ops.attnopt.deformable_attention_of_levels.default,
+          torch.ops.attnopt.scored_attention.default)
 log = logging.getLogger("attnopt.passes")
 
 
 @dataclass
 class SamplingPlan:
-    """A sampling site: its record, its tensors, and what a rule made of it."""
+    """A sampling site: its record, its tensors, and what a rule made of it.
+
+    softmax: that of the weights of an opaque Function, where it is for them alone
+    """
 
     site: SamplingSite | None
     record: SiteRecord
     sampled: Sampled | None = None
     match: SamplingMatch | None = None
+    softmax: fx.Node | None = None
 
 
 def plan_samplings(captured: Captured, program: Program, options: Options
@@ -48,23 +57,28 @@ def plan_samplings(captured: Captured, program: Program, options: Options
     """A plan for every weighted sum of samples, and the samples that are none."""
     found, misses = find_samplings(program)
     plans = [_plan(captured, program, site, options) for site in found]
-    return [*plans, *(_captured(n) for n in captured.graph.nodes if n.target in OPAQUE)], misses
+    return [*plans, *(_captured(program, n) for n in program.nodes if n.target in OPAQUE)], misses
 
 
-def _captured(node: fx.Node) -> SamplingPlan:
+def _captured(program: Program, node: fx.Node) -> SamplingPlan:
     """An opaque autograd.Function, which the capture has put the op for."""
     values = [n.meta["val"] for n in node.args[:4] if isinstance(n, fx.Node)]
     record = SiteRecord(
         path=module_path(node), source=source_line(node), kind="sampling", node=node.name,
         status="rewritten", rule="deformable (autograd.Function)", spec=str(node.args[-1]),
         shapes=" ".join("x".join(map(str, v.shape)) for v in values[:3]),
-        lowering=lowering(tuple(v.dtype for v in values), values[0].device.type))
-    return SamplingPlan(None, record)
+        lowering="aten" if node.target is OPAQUE[2] else lowering(
+            tuple(v.dtype for v in values), values[0].device.type))
+    weights: Any = node.args[2]
+    layout = fresh(shape_of(weights.meta["val"]))
+    return SamplingPlan(None, record, softmax=softmax_for(
+        program, node, weights, layout, layout[-1]))
 
 
 def softmaxes(plans: Sequence[SamplingPlan]) -> set[fx.Node]:
     """Those over points, which belong to sampling sites and are no attention of their own."""
-    return {p.sampled.softmax for p in plans if p.sampled and p.sampled.softmax is not None}
+    own = (p.sampled.softmax if p.sampled else p.softmax for p in plans)
+    return {softmax for softmax in own if softmax is not None}
 
 
 def _plan(captured: Captured, program: Program, site: SamplingSite, options: Options

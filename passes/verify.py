@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnopt.errors import RuleError
 from attnopt.ir.captured import Captured
 from attnopt.passes import approximate, oracle
+from attnopt.passes.acceptance import distance, judge, size
 from attnopt.passes.canonical import Canonical
 from attnopt.passes.custom import fault
 from attnopt.passes.kinks import at_kinks
@@ -116,8 +118,16 @@ def verify(captured: Captured, view: View, candidates: Sequence[Candidate],
     for c in candidates:
         c.boundary = boundary(view, c.parts)
     judged: dict[Any, Candidate] = {}
-    walk(captured, view, candidates,
-         lambda c, env: _judge(captured, view, c, env, judged, tolerance))
+    def visit(c: Candidate, env: Mapping[fx.Node, Any]) -> None:
+        try:
+            _judge(captured, view, c, env, judged, tolerance)
+        except RuleError:  # only with strict=True
+            raise
+        except Exception as error:  # what cannot be checked stays as it is
+            c.reason = f"{type(error).__name__} while it was checked: {str(error)[:80]}"
+            log.warning("%s is not checked", c.done.end.name, exc_info=True)
+
+    walk(captured, view, candidates, visit)
 
 
 def walk(captured: Captured, view: View, candidates: Sequence[Candidate],
@@ -203,8 +213,8 @@ def _judge(captured: Captured, view: View, c: Candidate, env: Mapping[fx.Node, A
     same = signature(c)
     twin = judged.get(same)
     if twin is not None and twin.accepted and twin.bound is not None:
-        slack = 3 * twin.bound / max(_size(original), 1e-300) * _size(original)
-        error = _distance(new, original)
+        slack = 3 * twin.bound / max(size(original), 1e-300) * size(original)
+        error = distance(new, original)
         if error is not None and error <= slack:
             c.error, c.error_original, c.bound = error, twin.error_original, slack
             return
@@ -250,38 +260,6 @@ def _compare(c: Candidate, known: Mapping[fx.Node, Any], original: torch.Tensor,
         c.reason = (f"the result is off by {err_new:.3g} from float64, the original by "
                     f"{err_original:.3g}, allowed are {bound:.3g}" if err_new is not None else
                     "the result has NaN or inf where the original has none, or the reverse")
-
-
-def judge(new: torch.Tensor, original: torch.Tensor, reference: torch.Tensor
-          ) -> tuple[bool, float | None, float, float]:
-    """(accepted, err_new, err_original, bound) by the acceptance rule."""
-    eps = torch.finfo(original.dtype).eps if original.is_floating_point() else 0.0
-    err_original = _distance(original, reference)
-    bound = max(2 * (err_original or 0.0), 8 * eps * _size(reference))
-    err_new = _distance(new, reference)
-    if err_original is None:  # the original overflows or underflows where float64 does not
-        err_new = _distance(new, original.double())
-    if err_new is None:
-        return False, None, err_original or 0.0, bound
-    return err_new <= bound, err_new, err_original or 0.0, bound
-
-
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Largest absolute difference; None where one is not finite and the other is not the same."""
-    a, b = a.double(), b.double()
-    odd = ~(a.isfinite() & b.isfinite())
-    if odd.any():
-        if not torch.equal(torch.nan_to_num(a[odd], 1.5, 2.5, 3.5),
-                           torch.nan_to_num(b[odd], 1.5, 2.5, 3.5)):
-            return None
-        a, b = a[~odd], b[~odd]
-    return float((a - b).abs().max()) if a.numel() else 0.0
-
-
-def _size(x: torch.Tensor) -> float:
-    x = x.double()
-    x = x[x.isfinite()]
-    return float(x.abs().max()) if x.numel() else 0.0
 
 
 # -- gradients ---------------------------------------------------------------------------------
@@ -350,7 +328,7 @@ def compare_gradients(captured: Captured, c: Candidate, view: View,
             c.reason = f"the gradient of {node.name} is lost"
             return
         ok, err, err_original, bound = judge(new, original, reference)
-        if not ok and err is not None and err <= 64 * torch.finfo(new.dtype).eps * _size(reference):
+        if not ok and err is not None and err <= 64 * torch.finfo(new.dtype).eps * size(reference):
             continue  # sums of many products: a few ulps of the largest entry
         if not ok and err is not None:
             # Where large terms cancel, the original may be exact by luck: it is then held against
@@ -359,7 +337,7 @@ def compare_gradients(captured: Captured, c: Candidate, view: View,
                 moved = authored(precise=False, shaken=True)[i]
             if moved is not None and node in kinks:
                 moved = moved.masked_fill(kinks[node], 0.0)
-            bound = max(bound, 4 * (_distance(moved, original) or 0.0)) \
+            bound = max(bound, 4 * (distance(moved, original) or 0.0)) \
                 if moved is not None else bound
             ok = err <= bound
         if not ok:

@@ -11,7 +11,7 @@ from typing import Any
 from attnopt.commands import FINE, command, positive
 from attnopt.commands.choices import add_choices, choices_of, results_alone
 from attnopt.commands.models import add_model, inputs_of, named
-from attnopt.errors import AttnOptError, OptionError, StrictError
+from attnopt.errors import OptionError, StrictError
 
 
 def add(commands: Any) -> None:
@@ -37,10 +37,7 @@ def add(commands: Any) -> None:
 
 
 def _onnx(options: argparse.Namespace) -> int:
-    try:
-        from attnopt.onnx import export_onnx, optimize
-    except ImportError as error:
-        raise AttnOptError(f"attnopt onnx needs {error.name}: install attnopt[onnx]") from error
+    from attnopt.onnx import export_onnx, optimize
 
     common = {"lowering": options.lowering, "keep_functions": options.functions,
               "strict": options.strict, **choices_of(options)}

@@ -4,8 +4,12 @@
     attnopt.onnx.optimize("model.onnx", "faster.onnx")  # a file that another exporter wrote
 """
 
-from attnopt.onnx.export import LOWERINGS, OPSETS, export_onnx
-from attnopt.onnx.optimize import optimize
-from attnopt.onnx.report import OnnxReport
+from attnopt.onnx.needed import WRITING, require
+
+require(*WRITING)
+
+from attnopt.onnx.export import LOWERINGS, OPSETS, export_onnx  # noqa: E402
+from attnopt.onnx.optimize import optimize  # noqa: E402
+from attnopt.onnx.report import OnnxReport  # noqa: E402
 
 __all__ = ["LOWERINGS", "OPSETS", "OnnxReport", "export_onnx", "optimize"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnopt.errors import AttnOptError
 from attnopt.ir.spec import Spec
 from attnopt.kernels.portable import compute, form_of, sample, table
-from attnopt.onnx.forms import DOMAIN, Form, body, distinct, name_of
+from attnopt.onnx.forms import DOMAIN, Form, body, cause, distinct, name_of
+from attnopt.report import Report
 
 
 @dataclass
@@ -19,6 +21,7 @@ class _Body:
     form: Form
     compute: Callable[..., Tensor]
     like: list[Tensor]
+    function: Any = None
 
 
 class Bodies:
@@ -37,11 +40,22 @@ class Bodies:
     def forms(self) -> list[Form]:
         return [made.form for made in self._made.values()]
 
-    def functions(self, opset: int) -> list[Any]:
-        """All of them as onnx_ir functions."""
-        return [body(made.form.name, made.compute, made.like, opset,
-                     any_length=made.form.form in ("attention", "dense"))
-                for made in self._made.values()]
+    def functions(self, opset: int, called: Collection[str], report: Report) -> list[Any]:
+        """Those of these names as onnx_ir functions, each made once.
+
+        report: says where in the user's model they come from.
+
+        Raises:
+            AttnOptError: torch.onnx cannot write one.
+        """
+        found = []
+        for made in self._made.values():
+            if made.form.name not in called:
+                continue
+            if made.function is None:
+                made.function = _function(made, opset, report)
+            found.append(made.function)
+        return found
 
     def table(self) -> dict[Any, Callable[..., Any]]:
         """What stands for attnopt's operators in a trace."""
@@ -92,3 +106,20 @@ class Bodies:
             f"{DOMAIN}::{self._made[key].form.name}", tensors, dtype=tensors[0].dtype, shape=shape,
             version=1)
         return made
+
+
+def _function(made: _Body, opset: int, report: Report) -> Any:
+    form = made.form
+    try:
+        return body(form.name, made.compute, made.like, opset,
+                    any_length=form.form in ("attention", "dense"))
+    except Exception as error:
+        kind = "sampling" if form.form == "gather" else "attention"
+        sites = [s for s in report.sites if s.status == "rewritten"]
+        own = [s for s in sites if s.spec == form.spec] or [s for s in sites if s.kind == kind]
+        where = ", ".join(dict.fromkeys(filter(None, (
+            " ".join(filter(None, (s.path, f"({s.source})" if s.source else ""))) for s in own))))
+        raise AttnOptError(
+            f"the {form.form} form of attnopt.{form.name}{f' of {where}' if where else ''} must be "
+            f"made of operators that torch.onnx writes in opset {opset}, got {cause(error)}"
+        ) from error

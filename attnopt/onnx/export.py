@@ -22,13 +22,14 @@ from torch import nn
 from attnopt import __version__
 from attnopt.errors import AttnOptError, OptionError
 from attnopt.onnx.bodies import Bodies
-from attnopt.onnx.forms import DOMAIN, Form
+from attnopt.onnx.forms import DOMAIN, Form, cause
+from attnopt.onnx.needed import RUNNING, WRITING, require
 from attnopt.onnx.report import OnnxReport
+from attnopt.report import Report
 
 #: opset versions that torch writes and runtimes of today take
 OPSETS = tuple(range(18, 26))
 LOWERINGS = ("auto", "attention", "tiled", "dense")
-_NEEDED = ("onnx", "onnxscript")
 
 
 def export_onnx(
@@ -49,27 +50,28 @@ def export_onnx(
     Args:
         model: a module, one that is optimised already, or an ExportedProgram.
         args, kwargs, dynamic_shapes: as for `torch.export.export`.
-        path: of the file; it appears whole or not at all, from 1.5 GB of weights on with them in
+        path: of the file; it appears whole or not at all, from 1.5 GiB of weights on with them in
             `<path>.data` beside it.
         opset: version of the standard operators, 18 to 25. From 23 on there is an `Attention`.
         lowering: "auto", the form that costs least; "attention", one fused attention wherever it
             can say the same; "tiled", tiles wherever the mask allows; "dense", matrix products.
         keep_functions: keep each attention as a function of the domain `attnopt`.
         verify: check the file, and run it in onnxruntime on the example arguments and, where sizes
-            are dynamic, on others.
+            are dynamic, on others; with approximations among the rules, it is compared with a
+            program that has them.
         options: those of `attnopt.optimize`.
 
     Raises:
-        OptionError: an argument is of a wrong type or value, or a package is missing.
+        OptionError: an argument is of a wrong type or value.
+        MissingPackageError: onnx, onnxscript or, to verify, onnxruntime is not installed.
         CaptureError: the model cannot be captured as one graph.
         VerificationError: the file does not compute what the model computes; nothing is written.
         AttnOptError: the file is not valid.
     """
     _check(opset, lowering, keep_functions, verify)
-    from attnopt.agreement import original
     from attnopt.onnx.check import compare
     from attnopt.onnx.saving import save, whole_model
-    from attnopt.program import exported
+    from attnopt.program import exported, to_compare
 
     target = Path(path)
     with whole_model(target) as part:
@@ -77,11 +79,12 @@ def export_onnx(
         with _quiet():
             program, report = exported(model, args, kwargs, dynamic_shapes,
                                        {**options, "backend": "aten"}, bodies.table())
-            made, forms = _translate(program, args, dict(kwargs or {}), opset, bodies)
+            made, forms = _translate(program, args, dict(kwargs or {}), opset, bodies, report)
         save(made.model, part)
         found = OnnxReport.of(part, forms, report, opset)
         if verify:
-            found = compare(found, part, original(model), program, args, dict(kwargs or {}))
+            wanted = to_compare(model, args, kwargs, dynamic_shapes, options, report)
+            found = compare(found, part, wanted, program, args, dict(kwargs or {}))
     return found.at(target)
 
 
@@ -93,15 +96,12 @@ def _check(opset: Any, lowering: Any, keep_functions: Any, verify: Any) -> None:
     for name, value in (("keep_functions", keep_functions), ("verify", verify)):
         if not isinstance(value, bool):
             raise OptionError(f"{name} must be True or False, got {value!r}")
-    for package in (*_NEEDED, *(("onnxruntime",) if verify else ())):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise OptionError(f"export_onnx needs {package}: install attnopt[onnx]") from error
+    require(*WRITING, *((RUNNING,) if verify else ()))
 
 
 def _translate(program: torch.export.ExportedProgram, args: tuple[Any, ...],
-               kwargs: dict[str, Any], opset: int, bodies: Bodies) -> tuple[Any, list[Form]]:
+               kwargs: dict[str, Any], opset: int, bodies: Bodies, report: Report
+               ) -> tuple[Any, list[Form]]:
     """The torch.onnx program, and the forms of its attentions."""
     try:
         with torch.no_grad():
@@ -111,24 +111,33 @@ def _translate(program: torch.export.ExportedProgram, args: tuple[Any, ...],
         raise AttnOptError(untranslated(error)) from error
     if made is None:
         raise AttnOptError("torch.onnx.export gave nothing")
-    return made, attach(made.model, bodies, opset)
+    return made, attach(made.model, bodies, opset, report)
 
 
 def untranslated(error: Exception) -> str:
     """Why torch.onnx cannot write a program: its innermost cause, on one line."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return f"torch.onnx cannot write it: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return f"torch.onnx cannot write it: {cause(error)}"
 
 
-def attach(model: Any, bodies: Bodies, opset: int) -> list[Form]:
+def calls(graph: Any) -> dict[str, list[Any]]:
+    """The nodes of a graph that call functions of ours, by name."""
+    found: dict[str, list[Any]] = {}
+    for node in graph:
+        if node.domain == DOMAIN:
+            found.setdefault(node.op_type, []).append(node)
+    return found
+
+
+def attach(model: Any, bodies: Bodies, opset: int, report: Report) -> list[Form]:
     """Give a model the functions that it calls; their forms."""
-    for function in bodies.functions(model.opset_imports.get("", opset)):
+    called = calls(model.graph)
+    for function in bodies.functions(model.opset_imports.get("", opset), called, report):
         model.functions[function.identifier()] = function
-    calls = [node for node in model.graph if node.domain == DOMAIN]
     forms = []
     for form in bodies.forms:
-        own = [node for node in calls if node.op_type == form.name]
+        own = called.get(form.name, [])
+        if not own:
+            continue
         for node in own:
             node.metadata_props["attnopt.version"] = __version__
             node.metadata_props["attnopt.form"] = form.form

@@ -61,6 +61,14 @@ def distinct(name: str, taken: Sequence[str]) -> str:
     return name if number == 1 else f"{name}_{number}"
 
 
+def cause(error: BaseException) -> str:
+    """The innermost cause of an error, on one line."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    first = next(iter(str(error).strip().splitlines()), "")
+    return first[:200] or type(error).__name__
+
+
 class _Body(nn.Module):
     def __init__(self, compute: Callable[..., Tensor]) -> None:
         super().__init__()

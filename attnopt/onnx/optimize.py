@@ -25,7 +25,8 @@ from attnopt.agreement import allowed, distance
 from attnopt.errors import AttnOptError, OptionError, VerificationError
 from attnopt.onnx.bodies import Bodies
 from attnopt.onnx.drawing import draws, dynamic_axes, edge
-from attnopt.onnx.export import LOWERINGS, OPSETS, _check, _quiet, attach, untranslated
+from attnopt.onnx.export import LOWERINGS, OPSETS, _check, _quiet, attach, calls, untranslated
+from attnopt.onnx.needed import RUNNING, require
 from attnopt.onnx.read import Part, read
 from attnopt.onnx.regions import Region, regions, shared
 from attnopt.onnx.report import OnnxReport
@@ -48,7 +49,7 @@ def optimize(
     Args:
         model: the path of a file, or an onnx.ModelProto; opset 18 to 25, or 13 to 17, which are
             brought to 18 first.
-        path: of the new file; it appears whole or not at all, from 1.5 GB of weights on with them
+        path: of the new file; it appears whole or not at all, from 1.5 GiB of weights on with them
             in `<path>.data` beside it.
         inputs: arrays by name to run the model on, or several such; drawn where left out (numbers
             of a normal distribution, integers of 0 and 1, two sizes of each dynamic axis).
@@ -57,12 +58,14 @@ def optimize(
         options: those of `attnopt.optimize`.
 
     Raises:
-        OptionError: an argument is of a wrong type or value, or a package is missing.
+        OptionError: an argument is of a wrong type or value.
+        MissingPackageError: onnx, onnxscript or onnxruntime is not installed.
         VerificationError: the new file does not compute what the model computes; nothing is
             written.
         AttnOptError: the model is no valid ONNX, or cannot be run on the inputs.
     """
     _check(OPSETS[-1], lowering, keep_functions, verify)
+    require(RUNNING)  # runs the regions, even where nothing is verified
     _check_options(model, lowering, options)
     target = Path(path)
     with tempfile.TemporaryDirectory() as folder, whole_model(target) as part:
@@ -78,7 +81,7 @@ def optimize(
                 reason = _rewrite(given, region, runs, opset, bodies, options)
                 if reason:
                     kept.append(f"{region.anchor}: {reason}")
-            forms = attach(given, bodies, opset)
+            forms = attach(given, bodies, opset, Report())
         common.RemoveUnusedNodesPass()(given)
         save(given, part)
         report = OnnxReport.of(part, forms, Report(), opset, kept=kept)
@@ -155,6 +158,10 @@ def _rewrite(model: ir.Model, region: Region, runs: list[dict[str, Tensor]], ops
         return untranslated(error)
     if made is None or made.model.opset_imports.get("") != opset:
         return f"torch does not write opset {opset}"
+    try:
+        bodies.functions(opset, calls(made.model.graph), report)
+    except AttnOptError as error:
+        return _line(error)
     _splice(model.graph, region, made.model.graph, len(model.graph))
     return ""
 

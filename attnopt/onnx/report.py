@@ -12,6 +12,7 @@ from typing import Any
 
 from attnopt.onnx.forms import Form
 from attnopt.onnx.saving import data_of
+from attnopt.program import approximations
 from attnopt.report import Report
 
 
@@ -27,6 +28,7 @@ class OnnxReport:
     errors:  by "where: what was run", the largest absolute difference from the model
     bound:   that was allowed
     kept:    attention that stayed as its author wrote it, with the reason
+    approximations: that the user asked for and that were used; errors are without them
     """
 
     path: str
@@ -39,6 +41,7 @@ class OnnxReport:
     errors: dict[str, float] = field(default_factory=dict)
     bound: float | None = None
     kept: tuple[str, ...] = ()
+    approximations: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, path: Path, forms: Sequence[Form], report: Report, opset: int,
@@ -53,7 +56,7 @@ class OnnxReport:
                          if s.status != "rewritten"))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return cls(str(path), opset, tuple(forms), len(model.graph.node), inlined, _size(path),
-                   digest, {}, None, kept)
+                   digest, {}, None, kept, approximations(report))
 
     def at(self, path: Path) -> OnnxReport:
         """The same for the file under its own name."""
@@ -75,6 +78,7 @@ class OnnxReport:
         lines += [f"  attnopt.{f.name}: {f.form}, {f.calls} call{'s' if f.calls != 1 else ''}"
                   for f in self.forms]
         lines += [f"  kept: {line}" for line in self.kept]
+        lines += [f"  approximated: {line}" for line in self.approximations]
         lines += [f"  {where}: off by {error:.1e}" for where, error in self.errors.items()]
         return "\n".join(lines)
 

@@ -205,7 +205,7 @@ def _softmax(s: Steps, tile: Tile, x: Tensor, keep: Tensor | None, mode: str) ->
     spec, asked = s.spec, s.statistics
     sink = None
     if spec.sinks is not None:
-        sink = torch.as_tensor(compiled(spec.sinks)(tile), device=x.device).to(x.dtype)
+        sink = torch.as_tensor(compiled(spec.sinks)(tile), dtype=x.dtype, device=x.device)
     exact = sink is not None or bool(asked)
     uniform = keep is not None and spec.empty_row == "uniform" and sink is None and not s.row_kept
     if keep is not None:
@@ -271,7 +271,7 @@ def _other_normalizer(s: Steps, tile: Tile, x: Tensor, keep: Tensor | None, mode
     if spec.l1 or s.statistics:
         total = weight.sum(-1, keepdim=True)
         if spec.sinks is not None:
-            sink = torch.as_tensor(compiled(spec.sinks)(tile), device=x.device).to(x.dtype)
+            sink = torch.as_tensor(compiled(spec.sinks)(tile), dtype=x.dtype, device=x.device)
             total = total + _function(spec.normalizer, sink, "none")
         tile.leaves[E.stat("sum")], tile.leaves[E.stat("lse")] = total, total.log()
         weight = weight / total if spec.l1 else weight

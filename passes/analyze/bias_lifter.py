@@ -109,6 +109,10 @@ def grid_layout(canonical: Canonical, tensor: Tensor) -> tuple[Layout, dict[str,
     target = dict(zip(lengths, map(resolve, tensor.target), strict=True))
     found: list[Any] = []
     for dim in settle(tensor.layout):
+        name = next((n for n, parts in target.items() if dim and dim == settle((parts,))[0]), None)
+        if name is not None:
+            found.append(name)
+            continue
         if not all(isinstance(a.size, int) for a in dim):
             return None
         total = E.const(0)

@@ -8,6 +8,10 @@ digits are lost where coordinates are far from the origin ((q - k)^2 as q^2 - 2q
 them, and 16 bits hold no position). More terms are a second dot product, `inner(f, g)`, in which
 the factors enter as they are, of rank r (arXiv 2505.12044), and so do factors that are learned:
 their gradients come with those of query and key then. Nothing of queries x keys is made.
+
+A product with a one-hot tensor looks its other factor up (T5X's relative embeddings):
+
+    bias[h, q, k] = sum over r of (bucket(q, k) == r) * table[r, h] = table[bucket(q, k), h]
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 #: terms that are written out at most
 WRITTEN = 4
+#: conversions through which a one-hot tensor stays one
+_CASTS = ("to", "_to_copy", "type_as", "float", "half", "bfloat16")
 _Q, _K = E.index("q"), E.index("k")
 #: stands for the index that is summed over
 _R = E.index("d")
@@ -39,6 +45,9 @@ def _product(lift: FloatLifter, node: fx.Node, left: tuple[Any, Index], right: t
              ) -> Expr:
     """sum over r of left * right, with `_R` among the indices of both."""
     sides = left, right
+    for one, table in (sides, sides[::-1]):
+        if (found := _looked_up(lift, node, one, table)) is not None:
+            return found
     for x, idx in sides:
         if not is_tensor(x) or dtype_of(x) != dtype_of(node) or not dtype_of(x).is_floating_point:
             raise Unliftable("factors of other types")
@@ -59,6 +68,20 @@ def _product(lift: FloatLifter, node: fx.Node, left: tuple[Any, Index], right: t
     names = [_factor(lift, x, idx, own) for (x, idx), own in zip((left, right), (_Q, _K),
                                                                  strict=True)]
     return E.inner(*names)
+
+
+def _looked_up(lift: FloatLifter, node: fx.Node, one: tuple[Any, Index],
+               table: tuple[Any, Index]) -> Expr | None:
+    """The entry that a one-hot factor picks: one_hot has checked that there is one."""
+    source = one[0]
+    while isinstance(source, fx.Node) and op_name(source) in _CASTS and is_tensor(source.args[0]):
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or op_name(source) != "one_hot" or one[1][-1] is not _R \
+            or not is_tensor(table[0]) or dtype_of(table[0]) != dtype_of(node) \
+            or _R in one[1][:-1] or _length(*one) != _length(*table):
+        return None
+    place = lift.element(source.args[0], one[1][:-1])  # type: ignore[arg-type]
+    return lift.looked_up(table[0], _put(table[1], place))
 
 
 def _factor(lift: FloatLifter, node: fx.Node, idx: Index, own: Expr) -> str:
@@ -172,8 +195,19 @@ def distance(lift: FloatLifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
     return E.call("sqrt", _written(lift, shape[-1], term))
 
 
+def linear(lift: FloatLifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
+    """(…, r) @ (o, r)^T of a one-hot tensor; others are tensors of their own."""
+    found = None
+    if a.get("bias") is None and a.weight.meta["val"].dim() == 2:
+        found = _looked_up(lift, node, (a.input, (*idx[:-1], _R)), (a.weight, (idx[-1], _R)))
+    if found is None:
+        raise Unliftable("a linear layer")
+    return found
+
+
 CONTRACTIONS = {**dict.fromkeys(("matmul", "__matmul__", "bmm", "mm"), matmul), "einsum": einsum,
-                "sum": total, **dict.fromkeys(("cdist", "_cdist_forward"), distance)}
+                "linear": linear, "sum": total,
+                **dict.fromkeys(("cdist", "_cdist_forward"), distance)}
 
 
 def contract(lift: FloatLifter, node: fx.Node, a: Bound, idx: Index) -> Expr:

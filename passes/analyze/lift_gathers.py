@@ -77,6 +77,14 @@ def gather(lift: Lifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
     return _gather(lift, a.self, put(idx, dim, lift.element(a.index, idx)))
 
 
+def take_along_dim(lift: Lifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
+    """A gather of operands that are broadcast to each other along the other dimensions."""
+    if a.get("dim") is None or rank_of(a.self) != len(idx) or rank_of(a.indices) != len(idx):
+        raise Unliftable("taken from a flat tensor")
+    dim = a.dim % len(idx)
+    return _gather(lift, a.self, put(idx, dim, lift.element(a.indices, idx)))
+
+
 def cat(lift: Lifter, node: fx.Node, a: Bound, idx: Index) -> Expr:
     tensors = [t for t in a.tensors if t.meta["val"].shape != (0,)]
     default = {"vstack": 0, "hstack": min(1, len(idx) - 1)}.get(op_name(node), 0)
@@ -184,6 +192,6 @@ GATHERS = {
     **dict.fromkeys(("cat", "concat", "concatenate", "hstack", "vstack"), cat),
     **dict.fromkeys(("constant_pad_nd", "pad"), pad),
     "index": index, "index_select": index_select, "embedding": embedding, "gather": gather,
-    "stack": stack, "slice_scatter": slice_scatter, "select_scatter": select_scatter,
-    "diagonal_scatter": diagonal_scatter, "copy": copy,
+    "take_along_dim": take_along_dim, "stack": stack, "slice_scatter": slice_scatter,
+    "select_scatter": select_scatter, "diagonal_scatter": diagonal_scatter, "copy": copy,
 }

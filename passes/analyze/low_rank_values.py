@@ -49,6 +49,8 @@ def take(made: _Inlining, operand: Operand) -> None:
     sources = made.analysis.values.sources(tensor.node)
     if sources is None or operand.dtype != E.FLOAT:
         raise Unliftable("depends on an input")
+    if torch.float64 in (x.node.meta["val"].dtype for x in (tensor, made.canonical.query)):
+        raise Unliftable("float64, of which factors in float32 lose digits")
     form = place_of(spec, slot)
     if form is None:
         raise Unliftable("not added to the scores, nor a factor of them")

@@ -40,7 +40,7 @@ from attnopt.passes.recognize.axes import Axis
 from attnopt.passes.recognize.contraction import Contraction, contraction, sum_of_product
 from attnopt.passes.recognize.layout import LAYOUT_OPS
 from attnopt.passes.recognize.pointwise import is_cast, is_pointwise
-from attnopt.passes.recognize.program import SOFTMAX, Program
+from attnopt.passes.recognize.program import SOFTMAX, UNMOVED, Program
 from attnopt.rules import Decline
 
 log = logging.getLogger("attnopt.passes")
@@ -62,6 +62,7 @@ def regathered(program: Program, others: Container[fx.Node] = ()) -> Program:
                 changed = _put_back(program, node) or changed
             except (Decline, LookupError) as no:
                 log.debug("%s is not put back: %s", node.name, no)
+                node.meta[UNMOVED] = getattr(no, "reason", str(no))
             except Exception as error:  # what is not understood stays as it is
                 log.warning("%s is left as it is: %s", node.name, error,
                             exc_info=log.isEnabledFor(logging.DEBUG))

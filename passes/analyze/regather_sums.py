@@ -40,7 +40,7 @@ def summed(program: Program, mover: Mover, softmax: fx.Node) -> Sum | None:
     moved, products, plain = _products(program, weights)
     if not products:
         raise Decline("the weights meet no values", softmax)
-    if plain and len(products) == 1:
+    if len(products) == 1 and (plain or op_name(products[0]) == "mul"):  # in place, or no sum
         return None
     end = _end(program, products)
     return Sum(program, mover, weights, dim, end, _terms(program, end, products), moved).read()

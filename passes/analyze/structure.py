@@ -132,8 +132,8 @@ def _demand_keys(analysis: Analysis, canonical: Canonical, logits: Expr, empty_r
     """Decline where a finite fill may leave a row without a key: see Normalizer.robust."""
     low = any((found := _selection(n)) is not None and found[1] > -math.inf for n in logits.walk())
     if low or empty_row == "uniform" or not _finite(analysis, canonical, logits):
-        raise Decline("a softmax written without subtracting the row maximum differs in rows "
-                      "whose keys are all filled with a low number", canonical.site.anchor)
+        raise Decline("a softmax that is written out may differ in rows whose keys are all filled "
+                      "with a low number", canonical.site.anchor)
 
 
 def _selection(e: Expr) -> tuple[Expr, float, Expr] | None:

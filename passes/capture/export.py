@@ -35,6 +35,7 @@ from attnopt.passes.capture.module_state import ModuleState
 from attnopt.passes.capture.module_view import view_of
 from attnopt.passes.capture.observe import PLAIN, observe_forward
 from attnopt.passes.capture.regions import REGION, inline_regions
+from attnopt.passes.capture.scalars import settle_numbers
 from attnopt.passes.capture.sizes import Sizes, sizes_of
 from attnopt.passes.capture.watch import Watch
 
@@ -292,6 +293,7 @@ def _clean(module: fx.GraphModule) -> None:
         if (trace := node.meta.get("stack_trace")) is not None:
             node.meta["stack_trace"] = _OWN_FRAME.sub("", trace)
     bake_autocast(module, dict(autocast_state()))
+    settle_numbers(module)
     module.recompile()
 
 

@@ -7,8 +7,9 @@ made of torch's and attnopt's operations, which the graph then holds. The gradie
 Functions are known by what they mean, not by where they live, since projects keep copies of them:
 by the class's name together with the names of its arguments. Known are multi-scale deformable
 attention (Deformable-DETR's MSDeformAttnFunction, mmcv's MultiScaleDeformableAttnFunction and
-BEVFormer's with a precision in their names) and 3-D deformable attention of DFA3D. One that runs on
-plain numbers is compared first; where the results differ the model is not captured.
+BEVFormer's with a precision in their names) and 3-D deformable attention of DFA3D, in one stage or
+in two (`two_stage`). One that runs on plain numbers is compared first; where the results differ the
+model is not captured.
 `register_function` tells of others.
 
 Level sizes are tensors in these interfaces. Where they depend on no input, they are read from the
@@ -19,6 +20,7 @@ runs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import re
@@ -35,18 +37,21 @@ from torch.autograd import Function
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
+import attnopt.kernels.deformable.two_stage  # noqa: F401 - registers its ops
 from attnopt.errors import CaptureError
 from attnopt.ir.captured import Captured
 from attnopt.kernels.deformable import Sampling
 from attnopt.kernels.deformable.levels import in_order
 from attnopt.passes.capture.guards import ValueGuard
+from attnopt.passes.capture.two_stage import drop_scores, join_stages
 from attnopt.passes.capture.watch import ANSWERS
-from attnopt.passes.normalize import writes
+from attnopt.passes.normalize import op_name, writes
 
 log = logging.getLogger("attnopt.passes")
 Call = Callable[..., Any]
 _OF_LEVELS = torch.ops.attnopt.deformable_attention_of_levels.default
 _SCORE = torch.ops.attnopt.depth_score.default
+_SCORED = torch.ops.attnopt.scored_attention.default
 
 #: elements of a literal tensor whose numbers a trace may ask for
 _LITERAL = 64
@@ -88,20 +93,24 @@ class Meaning:
     example: Callable[[torch.device], tuple[Any, ...]]
 
 
-def _sampled(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor,
-             depth: Tensor | None = None) -> Tensor:
-    """(B, Q, H * C) of value (B, S, H, C), locations (B, Q, H, L, P, 2 or 3) in 0 to 1, weights
-    (B, Q, H, L, P) and depth (B, S, H, D)."""
-    rank = 2 + (depth is not None)
+def _checked(value: Tensor, shapes: Tensor, locations: Tensor, rank: int) -> str:
+    """The Sampling of value (B, S, H, C) and locations (B, Q, H, L, P, rank)."""
     if value.dim() != 4 or locations.dim() != 6 or locations.shape[-1] != rank \
             or shapes.dim() != 2 or shapes.shape[1] != rank:
         raise ValueError(f"value, locations and shapes must be of 4, 6 and 2 dimensions, the last "
                          f"two of {rank} coordinates, got {tuple(value.shape)}, "
                          f"{tuple(locations.shape)} and {tuple(shapes.shape)}")
-    b, queries, h, levels, points, _ = locations.shape
-    out: Tensor = _OF_LEVELS(
-        value, locations.flatten(3, 4), weights.reshape(b, queries, h, levels * points), depth,
-        shapes[:, :2], starts, str(Sampling((points,) * levels)))
+    return str(Sampling((locations.shape[4],) * locations.shape[3]))
+
+
+def _sampled(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor,
+             depth: Tensor | None = None) -> Tensor:
+    """(B, Q, H * C) of value (B, S, H, C), locations (B, Q, H, L, P, 2 or 3) in 0 to 1, weights
+    (B, Q, H, L, P) and depth (B, S, H, D)."""
+    sampling = _checked(value, shapes, locations, 2 + (depth is not None))
+    out: Tensor = _OF_LEVELS(value, locations.flatten(3, 4),
+                             weights.reshape(*locations.shape[:-1]).flatten(3, 4), depth,
+                             shapes[:, :2], starts, sampling)
     return out.flatten(2).to(value.dtype)
 
 
@@ -113,31 +122,67 @@ def _multi_scale(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tenso
 def _lifting(value: Tensor, depth: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor,
              weights: Tensor, im2col_step: Any) -> tuple[Tensor, Tensor]:
     out = _sampled(value, shapes, starts, locations, weights, depth)
-    return out, _SCORE(depth, locations, shapes, starts)
+    return out, _depth_scores(depth, shapes, starts, locations, im2col_step)
+
+
+def _depth_scores(depth: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor,
+                  im2col_step: Any) -> Tensor:
+    """(B, Q, H, L, P, 4)."""
+    sampling = _checked(depth, shapes, locations, 3)
+    found: Tensor = _SCORE(depth, locations.flatten(3, 4), shapes, starts, sampling)
+    return found.reshape(*locations.shape[:-1], 4)
+
+
+def _by_score(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor,
+              score: Tensor, im2col_step: Any) -> Tensor:
+    sampling = _checked(value, shapes, locations, 2)
+    out: Tensor = _SCORED(value, locations.flatten(3, 4), weights.flatten(3, 4),
+                          score.flatten(3, 4), shapes, starts, sampling)
+    return out.flatten(2).to(value.dtype)
 
 
 def _example(device: torch.device, depths: int = 0) -> tuple[Any, ...]:
+    """Numbers of both signs, places inside, outside and on the border."""
     generator = torch.Generator().manual_seed(0)
     grids = torch.tensor([(3, 4), (2, 2)], device=device)
     if depths:
         grids = torch.cat((grids, torch.full_like(grids[:, :1], depths)), 1)
 
     def draw(*size: int) -> Tensor:
-        return torch.rand(*size, generator=generator).to(device)
+        return torch.randn(*size, generator=generator).to(device) * 2
 
+    places = torch.rand(1, 9, 2, 2, 2, 2 + bool(depths), generator=generator) * 3 - 1
+    places[:, :4] = places[:, :4].clamp(0, 1)
     value = [draw(1, 16, 2, 8)] + ([draw(1, 16, 2, depths)] if depths else [])
-    return (*value, grids, torch.tensor([0, 12], device=device),
-            draw(1, 5, 2, 2, 2, 2 + bool(depths)) * 1.4 - 0.2, draw(1, 5, 2, 2, 2), 1)
+    return (*value, grids, torch.tensor([0, 12], device=device), places.to(device),
+            draw(1, 9, 2, 2, 2), 1)
 
 
-_LEVELS = ("value_spatial_shapes", "value_level_start_index", "sampling_locations",
-           "attention_weights", "im2col_step")
+def _of_scores(device: torch.device) -> tuple[Any, ...]:
+    _, depth, grids, starts, locations, _, step = _example(device, 5)
+    return depth, grids, starts, locations, step
+
+
+def _with_scores(device: torch.device) -> tuple[Any, ...]:
+    *tensors, weights, step = _example(device)
+    scores = torch.stack((weights, 1 - weights, weights / 2, weights + 1), -1)
+    return *tensors, weights, scores, step
+
+
+_LEVELS = ("value_spatial_shapes", "value_level_start_index", "sampling_locations")
+_WEIGHTED = (*_LEVELS, "attention_weights")
+_PRECISION = "(_fp32|_fp16)?"
 KNOWN = (
     Meaning(re.compile(r"MS(Deform|DeformableAttn|DeformAttn)Function|"
-                       r"MultiScaleDeformableAttn(Function|Func)(_fp32|_fp16)?"),
-            ("value", *_LEVELS), _multi_scale, _example),
-    Meaning(re.compile(r"MultiScale3DDeformableAttnFunction(_fp32|_fp16)?"),
-            ("value", "value_dpt_dist", *_LEVELS), _lifting, lambda device: _example(device, 5)),
+                       rf"MultiScaleDeformableAttn(Function|Func){_PRECISION}"),
+            ("value", *_WEIGHTED, "im2col_step"), _multi_scale, _example),
+    Meaning(re.compile(rf"MultiScale3DDeformableAttnFunction{_PRECISION}"),
+            ("value", "value_dpt_dist", *_WEIGHTED, "im2col_step"), _lifting,
+            lambda device: _example(device, 5)),
+    Meaning(re.compile(rf"MultiScaleDepthScoreSampleFunction{_PRECISION}"),
+            ("value", *_LEVELS, "im2col_step"), _depth_scores, _of_scores),
+    Meaning(re.compile(rf"WeightedMultiScaleDeformableAttnFunction{_PRECISION}"),
+            ("value", *_WEIGHTED, "depth_score", "im2col_step"), _by_score, _with_scores),
 )
 
 
@@ -199,19 +244,36 @@ class _Answer:
         return _agree[key]
 
 
-@torch.no_grad()
 def _compare(function: type[Function], meaning: Meaning, device: torch.device) -> bool:
+    """Whether results agree, and gradients where the function has any here."""
     args = meaning.example(device)
+    found = []
+    for call in (function.apply, meaning.call):
+        given = [a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a
+                 for a in args]
+        try:
+            results = pytree.tree_leaves(call(*given))
+        except Exception as error:  # the extension is not there, or not for this device
+            log.info("%s is known by its name and arguments; it does not run here: %s",
+                     function.__name__, error)
+            return True
+        found.append((results, given))
+    (one, inputs), (other, own) = found
+    if len(one) != len(other) or not all(map(_close, one, other)):
+        return False
+    leaves = [i for i, a in enumerate(own) if isinstance(a, Tensor) and a.requires_grad]
     try:
-        theirs = function.apply(*args)
-    except Exception as error:  # the extension is not there, or not for this device
-        log.info("%s is known by its name and arguments; it does not run here: %s",
-                 function.__name__, error)
+        theirs = torch.autograd.grad(one[0].sum(), [inputs[i] for i in leaves], allow_unused=True)
+    except Exception as error:
+        log.info("the gradient of %s does not run here: %s", function.__name__, error)
         return True
-    one, other = pytree.tree_leaves(meaning.call(*args)), pytree.tree_leaves(theirs)
-    return len(one) == len(other) and all(
-        a.shape == b.shape and torch.allclose(a, b.to(a.dtype), rtol=1e-2, atol=1e-2)
-        for a, b in zip(one, other, strict=True))
+    mine = torch.autograd.grad(other[0].sum(), [own[i] for i in leaves], allow_unused=True)
+    return all(a is None or b is None or _close(a, b) for a, b in zip(theirs, mine, strict=True))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(
+        one.detach(), other.detach().to(one.dtype), rtol=1e-2, atol=1e-2)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
@@ -253,9 +315,14 @@ def _put(home: Any, name: str, value: Any) -> Iterator[None]:
 def settle(captured: Captured) -> tuple[ValueGuard, ...]:
     """Put numbers for level sizes that depend on no input; the guards of buffers among them."""
     graph, guarded = captured.graph, set[str]()
-    nodes = [n for n in graph.nodes if n.target is _OF_LEVELS]
+    nodes = [n for n in graph.nodes if n.target in (_OF_LEVELS, _SCORED)]
     written = _written(graph) if nodes else set()
+    number = functools.partial(_number, captured, written=written, used=guarded)
     for node in nodes:
+        if node.target is _SCORED:
+            join_stages(node, written, number)
+        if node.target is not _OF_LEVELS:
+            continue
         value, locations, weights, depth, shapes, starts, sampling = node.args
         used: set[str] = set()
         grids, first = (_number(captured, x, written, used) for x in (shapes, starts))
@@ -267,8 +334,7 @@ def settle(captured: Captured) -> tuple[ValueGuard, ...]:
         node.target = torch.ops.attnopt.deformable_attention.default
         node.args = (value, locations, weights, depth, sizes, sampling)
         guarded |= used
-    for node in [n for n in graph.nodes if n.target is _SCORE and not n.users]:
-        graph.erase_node(node)
+    drop_scores(graph)
     if nodes:
         captured.graph_module.recompile()
     return tuple(ValueGuard.of(captured, name) for name in sorted(guarded))
@@ -278,7 +344,8 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that a later one writes to, through views or not."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        stack = [node.args[i] for i in writes(node)] if node.op == "call_function" else []
+        changes = node.op == "call_function" and op_name(node) != "detach_"  # no element of it
+        stack = [node.args[i] for i in writes(node)] if changes else []
         while stack:
             at = stack.pop()
             if isinstance(at, fx.Node) and at not in found:

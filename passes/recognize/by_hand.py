@@ -12,6 +12,7 @@ from attnopt.passes.normalize import is_tensor, op_name
 from attnopt.passes.recognize.attention import Attention
 from attnopt.passes.recognize.axes import (
     Layout,
+    axes_of,
     broadcast,
     fresh,
     meet,
@@ -26,7 +27,12 @@ from attnopt.passes.recognize.normalizers import by_hand
 from attnopt.passes.recognize.pointwise import is_cast
 from attnopt.passes.recognize.program import Program
 from attnopt.passes.recognize.reader import Reader
-from attnopt.passes.recognize.roles import assemble, check_triangles, query_and_key
+from attnopt.passes.recognize.roles import (
+    assemble,
+    check_triangles,
+    query_and_key,
+    resolve_set,
+)
 from attnopt.passes.recognize.scores import RawScore, raw_score
 from attnopt.passes.recognize.softmaxes import (
     computed_in,
@@ -91,6 +97,10 @@ def _finish(program: Program, second: Contraction, weights: Operand, values: Ope
     reader.interior += raw.inner
     site = assemble(program, second, weights, values, raw, reader, normalizer)
     site.end, site.out_layout = end, end_layout
+    site.sinks = normalizer.sink
+    if normalizer.sink is not None and any(axes_of(reader.operands[s].layout) & resolve_set(
+            second.contracted) for s in normalizer.sink.slots):
+        raise Decline("a term beside the row sum that varies along the keys", second.node)
     site.mix_logits, site.mix_weights = mixed_logits, mixed_weights
     site.fixed = selected(reader)
     site.dropout, site.detached = reader.dropout, reader.detached

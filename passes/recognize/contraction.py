@@ -161,8 +161,8 @@ def sum_of_product(node: fx.Node) -> Contraction | None:
     result = tuple(a if i not in dims else () for i, a in enumerate(full)
                    if keep or i not in dims)
     sides = broadcast(full, _shape(left)), broadcast(full, _shape(right))
-    if any(not side[len(side) - len(shape) + i] for side in sides for i in dims
-           if len(side) - len(shape) + i < 0 or length(shape[i]) != 1):
+    if any(i < len(shape) - len(side) or not side[len(side) - len(shape) + i]
+           for side in sides for i in dims if length(shape[i]) != 1):
         return None  # summed in one operand alone
     return Contraction(node, left, right, *sides, result, inner=(source,))  # type: ignore
 

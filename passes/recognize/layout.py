@@ -9,6 +9,7 @@ a tensor with a known layout to the dimensions a Spec wants.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -222,8 +223,23 @@ class Arranger:
         if isinstance(size, int):
             return size
         if size not in self.lengths:
-            raise Decline(f"the length {size} cannot be computed from the operands")
+            found = self._computed(size)
+            if found is None:
+                raise Decline(f"the length {size} cannot be computed from the operands")
+            found.meta["val"] = self._symint(size)
+            self.lengths[size] = found
         return self.lengths[size]
+
+    def _computed(self, size: Any) -> fx.Node | None:
+        """A length that is a whole part or a multiple of a known one, or a product of two."""
+        for known, node in list(self.lengths.items()):
+            if isinstance(parts := quotient(known, size), int):
+                return self.call(operator.floordiv, node, parts)
+        for known, node in list(self.lengths.items()):
+            rest = quotient(size, known)
+            if isinstance(rest, int) or rest in self.lengths:
+                return self.call(operator.mul, node, self.length(rest))
+        return None
 
     def arrange(self, node: fx.Node, layout: Layout,
                 target: Sequence[tuple[Axis, ...]]) -> fx.Node:

@@ -4,6 +4,7 @@ Given the weights as an Expr of the score and of row reductions, find the normal
 
     exp(x - max x) / sum exp(x - max x)      softmax, with or without the maximum
     exp(x - logsumexp x)                     softmax
+    exp(x) / (sum exp(x) + d)                softmax with a sink, or scaled: `denominators`
     f(x) / sum f(x)                          f with `l1`, f one of sigmoid, relu, softplus, exp
     g(f(x))                                  f alone, g the epilogue on the weights
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
+from attnopt.passes.recognize.denominators import Denominator, behind_softplus, with_term
 from attnopt.passes.recognize.reader import MAXIMA, Marker
 from attnopt.rules import Decline
 
@@ -27,13 +29,15 @@ FUNCTIONS = ("exp", "sigmoid", "relu", "softplus")
 @dataclass
 class Normalizer:
     """robust: a row of nothing but one low number is uniform, as softmax itself makes it. Written
-    by hand without subtracting the maximum it is not: exp underflows, or lse swallows log n."""
+    by hand without subtracting the maximum it is not: exp underflows, or lse swallows log n.
+    sink: a logit per row that takes part and has no value."""
 
     name: str
     l1: bool
     logits: Expr
     weights: Expr
     robust: bool = True
+    sink: Expr | None = None
 
 
 def contains_score(e: Expr) -> bool:
@@ -140,8 +144,16 @@ def _as_softmax(e: Expr, markers: Mapping[Expr, Marker]) -> Normalizer | None:
         marker = markers.get(shift)
         if marker is not None and marker.kind == "logsumexp" and marker.of is x:
             return Normalizer("softmax", False, row_free(x, markers), E.weight, robust=False)
+        more = behind_softplus(x, shift, markers)
+        if more is not None:
+            return _with_term(more, markers)
     if e.op == "div":
         top, bottom = e.args
+        if top.op == "exp" and bottom.op == "add":
+            for one, term in (bottom.args, bottom.args[::-1]):
+                marker = markers.get(one)
+                if marker is not None and marker.kind == "sum" and marker.of is top:
+                    return _with_term(with_term(top.args[0], term, markers), markers)
         marker = markers.get(bottom)
         if marker is not None and marker.kind == "sum" and marker.of is top:
             if top.op == "exp":
@@ -155,11 +167,18 @@ def _as_softmax(e: Expr, markers: Mapping[Expr, Marker]) -> Normalizer | None:
     return None
 
 
+def _with_term(found: Denominator, markers: Mapping[Expr, Marker]) -> Normalizer:
+    weights = E.weight if found.factor is None else E.call("mul", E.weight, found.factor)
+    return Normalizer("softmax", False, row_free(found.logits, markers), weights,
+                      robust=found.factor is None, sink=found.sink)
+
+
 def _wrapped(e: Expr, site: Expr, inner: Normalizer, markers: Mapping[Expr, Marker]) -> Normalizer:
     rest = e.replace({site: E.weight})
     if contains_score(rest) or any(leaf in markers for leaf in rest.leaves):
         raise Decline("the scores are used beside their softmax")
-    return Normalizer(inner.name, inner.l1, inner.logits, rest, inner.robust)
+    rest = rest.replace({E.weight: inner.weights})
+    return Normalizer(inner.name, inner.l1, inner.logits, rest, inner.robust, inner.sink)
 
 
 def _with_sum(node: Expr, rest: Expr, markers: Mapping[Expr, Marker]) -> Normalizer:

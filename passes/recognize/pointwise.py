@@ -15,7 +15,7 @@ from torch import fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
-from attnopt.passes.normalize import op_name
+from attnopt.passes.normalize import is_tensor, op_name
 from attnopt.rules import Decline
 
 Rule = Callable[..., Expr]
@@ -114,6 +114,13 @@ def _softplus(node: fx.Node, a: Expr, beta: Any = 1, threshold: Any = 20) -> Exp
     return E.call("softplus", a)
 
 
+def _logaddexp(node: fx.Node, a: Expr, b: Expr) -> Expr:
+    """log(exp(a) + exp(c)) of a number c is softplus(a - c) + c."""
+    if b.op != "const" or not math.isfinite(b.value):
+        raise Decline("logaddexp of other than a number", node)
+    return E.call("softplus", a) if b.value == 0 else E.call("softplus", a - b) + b
+
+
 def _nan_to_num(node: fx.Node, a: Expr, nan: Any = None, posinf: Any = None,
                 neginf: Any = None) -> Expr:
     def number(x: Any, default: float) -> Expr:
@@ -148,7 +155,7 @@ POINTWISE: dict[str, Rule] = {
     "true_divide": _div, "minimum": _binary("minimum"), "maximum": _maximum,
     "pow": _pow, "square": _square, "clamp": _clamp, "clamp_max": _clamp_max, "clip": _clamp,
     "clamp_min": _maximum, "exp": _exp, "reciprocal": lambda node, a: E.call("div", 1.0, a),
-    "softplus": _softplus, "nan_to_num": _nan_to_num, "addcmul": _addcmul,
+    "softplus": _softplus, "logaddexp": _logaddexp, "nan_to_num": _nan_to_num, "addcmul": _addcmul,
     "where": _where, "masked_fill": _masked_fill, "dropout": _dropout,
     **{op: _unary(op) for op in ("neg", "abs", "exp2", "log", "log1p", "sqrt", "rsqrt",
                                  "tanh", "sigmoid", "relu", "cos", "sin", "sign", "erf",
@@ -163,13 +170,13 @@ _CASTS = frozenset(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "d
 
 
 def is_cast(node: fx.Node) -> bool:
-    """A conversion between floating types."""
+    """A conversion between floating types. (Of 16 bits or more: to 8 bits is to quantise.)"""
     if node.op != "call_function" or op_name(node) not in _CASTS:
         return False
     source = node.args[0]
-    return (isinstance(source, fx.Node) and isinstance(source.meta.get("val"), torch.Tensor)
-            and node.meta["val"].is_floating_point()
-            and source.meta["val"].is_floating_point())
+    return is_tensor(source) and all(
+        n.meta["val"].is_floating_point() and n.meta["val"].dtype.itemsize > 1
+        for n in (source, node))  # type: ignore[union-attr]
 
 
 def is_pointwise(node: fx.Node) -> bool:

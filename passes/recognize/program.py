@@ -21,6 +21,8 @@ from attnopt.passes.recognize.scores import raw_score
 
 SOFTMAX = frozenset(("softmax", "_softmax", "special_softmax", "log_softmax", "_log_softmax",
                      "special_log_softmax"))
+#: meta of a softmax whose moved scores or weights could not be put back: why
+UNMOVED = "attnopt_unmoved"
 SDPA = frozenset(("scaled_dot_product_attention",))
 REDUCTIONS = frozenset(("sum", "amax", "max", "logsumexp"))
 _CARRIERS = REDUCTIONS | LAYOUT_OPS | frozenset((

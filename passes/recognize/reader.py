@@ -265,6 +265,8 @@ class Reader:
         at, kept = dim % len(shape), int(op_name(node) == "slice")
         size = shape[at]
         if kept and _shape(node)[at] != 1 or more[1:] not in ([], [1]):
+            if frozenset(resolve(layout[at])) == frozenset(resolve(self.keys)):
+                raise Decline("only a part of the keys of the softmax meets these values", node)
             raise Decline("slice between the scores and the weights is not pointwise", node)
         number = number or 0
         if not isinstance(number, int) or not isinstance(size, int) and number < 0:

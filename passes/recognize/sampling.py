@@ -64,6 +64,7 @@ class SamplingSite:
     terms:   one for each level, in the order of the points
     levels:  the axis of all points; None for one level
     lead, rows, columns: axes of the result; points: those of the first level's points
+    scale:   what the sum is multiplied by
     """
 
     end: fx.Node
@@ -74,6 +75,7 @@ class SamplingSite:
     rows: tuple[Axis, ...]
     columns: tuple[Axis, ...]
     interior: list[fx.Node] = field(default_factory=list)
+    scale: float = 1.0
 
     @property
     def starts(self) -> list[fx.Node]:
@@ -170,10 +172,16 @@ def _read(program: Program, sums: Sums, end: fx.Node) -> SamplingSite:
         others = [u for u in program.users(node) if u not in inside]
         if node is not end and others:
             raise Decline("its samples are also used elsewhere", others[0])
+    within = {n for t in terms for n in t.sample.inner}
+    if len(terms) == 1 and not any(op_name(n) in SUMS for n in inside - within):
+        raise Decline("no weighted sum over sampled points follows", end)
     terms, levels = _levels(terms)
     site = SamplingSite(end, out_layout, terms, levels, *_roles(out_layout, terms),
-                        list(dict.fromkeys(sums.interior)))
-    if len({(s.mode, s.padding, s.align_corners, s.range) for s in site.samples}) > 1:
+                        list(dict.fromkeys(sums.interior)), sums.scale)
+    if len({t.weights is None for t in terms}) > 1:
+        raise Decline("some levels are added without weights", site.anchor)
+    if len({(s.mode, s.padding, s.align_corners, s.range, s.order, s.coordinate is None,
+             s.hidden) for s in site.samples}) > 1:
         raise Decline("levels are sampled in several ways", site.anchor)
     return site
 
@@ -258,6 +266,6 @@ def _term_roles(out: frozenset[Axis], term: Term
     if not set((*lead, *rows, *channels)) <= out:
         raise Decline("an axis of the samples is not in the result", sample.node)
     columns = tuple(a for a in channels if a not in varied)
-    if channels and not columns:
+    if channels and not columns and not sample.inner:  # whose channels may be a batch alone
         raise Decline("every channel has weights or locations of its own", sample.node)
     return lead, rows, columns

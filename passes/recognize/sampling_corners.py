@@ -7,16 +7,17 @@
 which is F.grid_sample's linear sample with zeros outside, at (x, y) in texels, if a corner outside
 of the map counts as 0. Exports without GridSample spell it so: the map is padded by zeros and
 indices are clamped into what is padded (Pad, Gather, Mul, Add), or indices are clamped into the map
-and a mask of the corners inside is a factor. Texels are read by torch.gather of flat numbers
-y * w + x or by an advanced index. All of it is proved from the program: which texel a corner is,
-its share of it along each axis, and that nothing but 0 is read where it is clamped.
+and a mask of the corners inside is a factor, or hides the others (torch.where). Texels are read by
+torch.gather of flat numbers y * w + x or by an advanced index, and mixed by products and sums or by
+torch.lerp. All of it is proved from the program: which texel a corner is, its share of it along
+each axis, and that nothing but 0 is read where it is clamped.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -47,11 +48,30 @@ from attnopt.rules import Decline
 _MOST_NODES = 64
 _READS = frozenset(("gather", "index"))
 _AND = frozenset(("logical_and", "bitwise_and", "__and__"))
+_OR = frozenset(("logical_or", "bitwise_or", "__or__"))
+_NOT = frozenset(("logical_not", "bitwise_not"))
+_MIXES = frozenset(("add", "mul", "sub", "lerp"))
+
+
+_CONTRARY = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
+
+
+class _Factor(NamedTuple):
+    """A tensor that corners are multiplied by.
+
+    flipped: 1 - the share, or the contrary of the mask
+    hides:   a mask outside of which the product is 0, whatever the factors
+    """
+
+    node: Any
+    layout: Layout
+    flipped: bool = False
+    hides: bool = False
 
 
 def corner_reads(node: fx.Node) -> list[fx.Node]:
     """The four look-ups at rounded places that `node` is the sum of; empty for anything else."""
-    if op_name(node) != "add" or not is_tensor(node):
+    if op_name(node) not in ("add", "lerp") or not is_tensor(node):
         return []
     reads = _between(node)[1]
     return reads if len(reads) == 4 and all(map(_at_floor, reads)) else []
@@ -95,8 +115,12 @@ def _between(end: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         name = op_name(node)
         if name in _READS:
             reads.append(node)
-        elif name in ("add", "mul"):
+        elif name in _MIXES:
             stack.extend(node.all_input_nodes)
+        elif name == "where":
+            stack.extend(x for x in node.args[1:] if isinstance(x, fx.Node))
+        elif name == "masked_fill":
+            stack.append(node.args[0])  # type: ignore[arg-type]
         elif name in LAYOUT_OPS:
             stack.append(node.args[0])  # type: ignore[arg-type]
     return list(seen), [] if stack else reads
@@ -132,6 +156,8 @@ class _Corners:
                 mine.become((theirs,))
             if own[0] is not first[0] or settle(own[1]) != settle(first[1]) or around != pads:
                 raise Decline("corners of several maps", self.end)
+            if corner.hidden is not found[0].hidden:
+                raise Decline("corners that are hidden in several ways", self.end)
             if len(corner.shares) != 2:
                 raise Decline("a corner has not one share for each axis", self.end)
             seen.add(tuple(_side(corner, i, base, space[i].size, pads[i])
@@ -142,43 +168,86 @@ class _Corners:
             raise Decline("not each corner once", self.end)
         locations, coordinate, order = self.places.locations(bases, self.end)
         return Sample(self.end, (first[0], settle(first[1])), space, locations, coordinate,
-                      "linear", "zeros", False, "texels", order=order,
+                      "linear", "zeros", False, "texels", order=order, hidden=found[0].hidden,
                       inner=tuple(n for n in self.path if n in self.leads))
 
-    def _sum(self, node: Any, layout: Layout, factors: Sequence[Operand],
+    def _sum(self, node: Any, layout: Layout, factors: Sequence[_Factor],
              found: list[Corner]) -> None:
         layout = settle(layout)
         self.walked.append(node)
         name = op_name(node)
         step = back(node, layout)
         if node in self.reads:
-            corner = self.places.texel(node, layout)
-            for factor in factors:
-                self._factor(*factor, corner)
-            found.append(corner)
+            found.append(self._corner(node, layout, factors))
         elif step is not None:
             self._sum(*step, factors, found)
+        elif (mix := _mix(node)) is not None:
+            first, second, share = mix
+            own = broadcast(layout, shape_of(share.meta["val"]))
+            for part, flipped in ((first, True), (second, False)):
+                self._sum(part, self._whole(part, layout), [*factors, _Factor(share, own, flipped)],
+                          found)
+        elif name in ("where", "masked_fill"):
+            source, mask, flipped = self._hidden(node)
+            own = broadcast(layout, shape_of(mask.meta["val"]))
+            self._sum(source, self._whole(source, layout),
+                      [*factors, _Factor(mask, own, flipped, hides=True)], found)
+        elif name == "add" and node.args[1] == 0:
+            self._sum(node.args[0], layout, factors, found)
         else:
-            if name == "add" and node.args[1] == 0:
-                self._sum(node.args[0], layout, factors, found)
-                return
-            sides = [(x, broadcast(layout, shape_of(x.meta["val"])))
-                     for x in node.args if is_tensor(x)]
+            sides = [x for x in node.args if is_tensor(x)]
+            leading = [x for x in sides if x in self.leads]
             if len(sides) != 2 or node.kwargs.get("alpha", 1) != 1:
                 raise Decline("not a sum of weighted corners", node)
-            leading = [s for s in sides if s[0] in self.leads]
-            if name == "add" and len(leading) == 2 and all(s[1] == layout for s in sides):
+            if name == "add" and len(leading) == 2:
                 for side in sides:
-                    self._sum(*side, factors, found)
-            elif name == "mul" and len(leading) == 1 and leading[0][1] == layout:
+                    self._sum(side, self._whole(side, layout), factors, found)
+            elif name == "mul" and len(leading) == 1:
                 other = sides[1] if sides[0] is leading[0] else sides[0]
-                self._sum(*leading[0], [*factors, other], found)
+                own = broadcast(layout, shape_of(other.meta["val"]))
+                self._sum(leading[0], self._whole(leading[0], layout),
+                          [*factors, _Factor(other, own)], found)
             else:
                 raise Decline("not a sum of weighted corners", node)
 
+    def _whole(self, node: Any, layout: Layout) -> Layout:
+        """The layout of a tensor that is not broadcast to `layout`."""
+        if broadcast(layout, shape_of(node.meta["val"])) != layout:
+            raise Decline("corners that are broadcast", node)
+        return layout
+
+    def _hidden(self, node: fx.Node) -> tuple[Any, Any, bool]:
+        """(x, mask, whether it is the contrary) of a choice between x and 0."""
+        if op_name(node) == "masked_fill":
+            source, mask, zero = node.args[:3]
+            pair = [(source, zero, True)]
+        else:
+            mask, one, other = (*node.args, None, None)[:3]
+            pair = [(one, other, False), (other, one, True)]
+        for source, zero, flipped in pair:
+            if source in self.leads and self.places.number(zero) == 0:
+                return source, mask, flipped
+        raise Decline("corners are hidden by other numbers than 0", node)
+
+    def _corner(self, node: fx.Node, layout: Layout, factors: Sequence[_Factor]) -> Corner:
+        corner = self.places.texel(node, layout)
+        for factor in factors:
+            shares = len(corner.shares)
+            contrary = self._factor(factor, corner)
+            if factor.hides and shares < 2:
+                # Of all sides, a mask leaves nothing of shares that are NaN; the contrary does.
+                if contrary or shares or any(
+                        {sign for b, sign, _ in corner.bounds if same(b, p.base)} != {1, -1}
+                        for p in corner.places):
+                    raise Decline("corners whose shares are hidden in part", node)
+                corner.hidden = True
+        return corner
+
     # -- factors ----------------------------------------------------------------------------
-    def _factor(self, node: Any, layout: Layout, corner: Corner) -> None:
-        """Shares and masks that a corner is multiplied by."""
+    def _factor(self, factor: _Factor, corner: Corner) -> bool:
+        """Shares and masks that a corner is multiplied by; whether any mask is the contrary of a
+        comparison."""
+        node, layout, flipped, _ = factor
         while (step := back(node, layout)) is not None:
             self.walked.append(node)
             node, layout = step
@@ -186,19 +255,31 @@ class _Corners:
         source: Any = node.args[0] if node.args else None
         self.walked.append(node)
         if converts(node) and source.meta["val"].dtype.is_floating_point is False:
-            self._factor(source, layout, corner)
-        elif name in _AND or name == "mul":
+            return self._factor(_Factor(source, layout, flipped), corner)
+        if name in _NOT and source.meta["val"].dtype is torch.bool:
+            return self._factor(_Factor(source, layout, not flipped), corner)
+        if name in (_OR if flipped else _AND) or name == "mul" and not flipped:
+            found = []
             for part in node.args[:2]:
-                if not is_tensor(part) or name in _AND and part.meta["val"].dtype is not torch.bool:
+                if not is_tensor(part) or name != "mul" and (
+                        part.meta["val"].dtype is not torch.bool):
                     raise Decline("a factor of a corner that is neither share nor mask", node)
-                self._factor(part, broadcast(layout, shape_of(part.meta["val"])), corner)
-        elif name in ORDER:
-            corner.bounds.append(self._bound(node, layout, name))
-        else:
-            corner.shares.append(self._affine(node, layout, [p.base for p in corner.places]))
+                own = broadcast(layout, shape_of(part.meta["val"]))
+                found.append(self._factor(_Factor(part, own, flipped), corner))
+            return any(found)
+        if name in ORDER:
+            corner.bounds.append(self._bound(node, layout, name, flipped))
+            return flipped
+        share = self._affine(node, layout, [p.base for p in corner.places])
+        if flipped:
+            share = Affine(share.base, -share.place, -share.floor, 1 - share.number)
+        corner.shares.append(share)
+        return False
 
-    def _bound(self, node: Any, layout: Layout, name: str) -> tuple[Operand, int, float]:
+    def _bound(self, node: Any, layout: Layout, name: str, flipped: bool
+               ) -> tuple[Operand, int, float]:
         """floor(x) + number against a number, as the least or greatest floor(x)."""
+        name = _CONTRARY[name] if flipped else name
         source, number = node.args[:2]
         if not is_tensor(source) or type(number) not in (int, float) or number % 1:
             raise Decline("a mask that is no comparison with a number", node)
@@ -234,6 +315,23 @@ class _Corners:
                 return Affine(base, left.place + sign * right.place,
                                left.floor + sign * right.floor, left.number + sign * right.number)
         raise Decline("a share of a corner that is not known", node)
+
+
+def _mix(node: fx.Node) -> tuple[Any, Any, Any] | None:
+    """(a, b, w) of torch.lerp(a, b, w) or a + (b - a) * w; None for anything else."""
+    name = op_name(node)
+    if name == "lerp":
+        return node.args[:3] if is_tensor(node.args[2]) else None  # type: ignore[return-value]
+    if name != "add" or node.kwargs or len(node.args) != 2:
+        return None
+    for first, product in (node.args, node.args[::-1]):
+        if not is_tensor(product) or op_name(product) != "mul":  # type: ignore[arg-type]
+            continue
+        for slope, share in (product.args, product.args[::-1]):  # type: ignore[union-attr]
+            if is_tensor(slope) and is_tensor(share) and op_name(slope) == "sub" \
+                    and not slope.kwargs and slope.args[1] is first:
+                return first, slope.args[0], share
+    return None
 
 
 def _side(corner: Corner, at: int, base: Operand, size: Any, pad: tuple[int, int]) -> int:

@@ -77,6 +77,8 @@ class Corner:
     shares: list[Affine] = field(default_factory=list)
     #: (base, 1 where floor(base) is at least the number and -1 where at most, number)
     bounds: list[tuple[Operand, int, float]] = field(default_factory=list)
+    #: whether a mask of both axes makes it 0, whatever its shares
+    hidden: bool = False
 
 
 class Places:
@@ -159,14 +161,15 @@ class Places:
             return (*_clamp(node), node.args[0])
         condition, bound, source = (*node.args, None, None)[:3]
         assert isinstance(condition, fx.Node)
-        limit = self._number(bound)
+        limit = self.number(bound)
         name = op_name(condition)
         if name not in ORDER or limit is None or condition.args[0] is not source or (
-                self._number(condition.args[1]) != limit):
+                self.number(condition.args[1]) != limit):
             raise Decline("a coordinate that is not clamped to the grid", node)
         return (-math.inf, limit, source) if ORDER[name] > 0 else (limit, math.inf, source)
 
-    def _number(self, x: Any) -> Any:
+    def number(self, x: Any) -> Any:
+        """A number, or that of a constant tensor; None for anything else."""
         return self.constant(x) if is_tensor(x) else x if type(x) in (int, float) else None
 
     def plain(self, node: Any, layout: Layout) -> Operand:
@@ -309,9 +312,9 @@ def unpadded(corner: Corner) -> tuple[Operand, tuple[Axis, ...], list[tuple[int,
     sizes = shape_of(source.meta["val"])  # type: ignore[union-attr]
     axes, around = [], []
     for axis in space:
-        (own,) = [i for i, dim in enumerate(layout) if dim == resolve((axis,))] or [-1]
+        own, *others = [i for i, dim in enumerate(layout) if dim == resolve((axis,))] or [-1]
         ends = pads.pop(own, (0, 0))
-        if own < 0 or min(ends) < 0 or not isinstance(sizes[own], int):
+        if own < 0 or others or min(ends) < 0 or not isinstance(sizes[own], int):
             raise Decline("a map that is not padded by zeros", node)
         axes.append(Axis(sizes[own]))
         found[own] = (axes[-1],)

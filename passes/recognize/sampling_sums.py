@@ -4,13 +4,14 @@
 
 The sum over points and levels may be one product (einsum, matmul, multiply and sum) of stacked or
 concatenated samples, a sum for each level that is added to the others, or a stack of such sums that
-is summed. Each operation that samples becomes a `Term`: its `Sample`, the tensor of weights it
-meets, and which part of an axis of all levels it is (its pick). Axes are those of `axes.py`; names
-and orders of dimensions say nothing.
+is summed; or a mean, and without weights. Each operation that samples becomes a `Term`: its
+`Sample`, the tensor of weights it meets, and which part of an axis of all levels it is (its pick).
+Axes are those of `axes.py`; names and orders of dimensions say nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,6 +74,8 @@ class Sample:
     depth_axis: Axis | None = None
     #: coordinates of the grid's axes, the fastest first, then the depth's, among those of locations
     order: tuple[int, ...] = ()
+    #: whether a place that is not finite gives 0 by a mask
+    hidden: bool = False
     #: where it is several operations: those that the texels go through
     inner: tuple[fx.Node, ...] = ()
 
@@ -100,7 +103,7 @@ class _Context:
 #: by operation, how a sample is read: (node, layout of its result) -> Sample
 Reader = Callable[[Program, fx.Node, Layout], Sample]
 #: operations that sum over an axis
-SUMS = frozenset(("sum", "matmul", "bmm", "einsum"))
+SUMS = frozenset(("sum", "mean", "matmul", "bmm", "einsum"))
 _CARRIERS = LAYOUT_OPS | SUMS | frozenset(("stack", "cat", "concat", "mul", "add"))
 
 
@@ -116,12 +119,16 @@ class Sums:
         self.program, self.reader = program, reader
         self.terms: list[Term] = []
         self.interior: list[fx.Node] = []
+        self.scale = 1.0  # what the sum is multiplied by, where it is a mean
         self._leads: dict[fx.Node, bool] = {}
 
     def read(self, end: fx.Node, layout: Layout) -> list[Term]:
         """The terms that `end` is the sum of; raises Decline where it is no such sum."""
-        self.terms, self.interior = [], []
-        self._read(end, layout, _Context())
+        self.terms, self.interior, self.scale = [], [], 1.0
+        if op_name(end) == "mean":
+            self.scale = self._averaged(end, layout)
+        else:
+            self._read(end, layout, _Context())
         if not self.terms:
             raise Decline("nothing is sampled", end)
         return self.terms
@@ -176,8 +183,8 @@ class Sums:
             self._product(found, layout, within)
 
     def _sample(self, reader: Reader, node: fx.Node, layout: Layout, within: _Context) -> None:
-        if within.weights is None:
-            raise Decline("samples that are summed without weights", node)
+        if within.weights is None and not within.summed:
+            raise Decline("samples that are neither weighted nor summed", node)
         sample = reader(self.program, node, layout)
         self.interior.extend(sample.inner)
         self.terms.append(
@@ -205,6 +212,19 @@ class Sums:
         summed = (*within.summed, *found.contracted)
         self._weighted(found.node, [(n, settle(x)) for n, x in found.sides()],
                        replace(within, summed=summed))
+
+    def _averaged(self, end: fx.Node, layout: Layout) -> float:
+        """Read a mean over points as a sum; what the sum is to be multiplied by."""
+        dims, _ = reduced_dims(end)
+        sizes = shape_of(end.args[0].meta["val"])  # type: ignore[union-attr]
+        count = math.prod(sizes[d] for d in dims)
+        if not isinstance(count, int) or count < 1:
+            raise Decline("a number of points that is not known", end)
+        if end.meta["val"].dtype != end.args[0].meta["val"].dtype:  # type: ignore[union-attr]
+            raise Decline("a mean in another dtype", end)
+        self.interior.append(end)
+        self._summed(end, settle(layout), _Context())
+        return 1.0 / count
 
     def _summed(self, node: fx.Node, layout: Layout, within: _Context) -> None:
         dims, keep = reduced_dims(node)
@@ -249,6 +269,9 @@ class Sums:
 
     def _joined(self, node: fx.Node, layout: Layout, within: _Context) -> None:
         parts: Any = node.args[0]
+        if len(parts) == 1:
+            self._read(parts[0], layout, within)
+            return
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         at = dim % len(layout)  # type: ignore[operator]
         lengths = [shape_of(p.meta["val"])[at] for p in parts]

@@ -1,7 +1,11 @@
-"""Sinks: a softmax over the scores and one more column, which is cut off again (GPT-OSS)."""
+"""Sinks: a softmax over the scores and one more column, which is cut off again (GPT-OSS).
+
+The column is a tensor that is joined to the scores, or a number that they are padded with.
+"""
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 
@@ -34,7 +38,7 @@ class Sink:
     keys: frozenset[Axis]
     scores: Operand
     logit: Expr
-    operand: Loaded
+    operand: Loaded | None
     interior: list[fx.Node]
 
 
@@ -74,6 +78,8 @@ def sink_slice(program: Program, node: fx.Node, layout: Layout,
             joined = joined.args[0]  # type: ignore[assignment]
         else:
             break
+    if op_name(joined) in ("pad", "constant_pad_nd"):
+        return _padded(joined, bounds, softmax, layout, at, [*path, *inner, softmax, joined])
     if op_name(joined) not in ("cat", "concat") or len(joined.args[0]) != 2:  # type: ignore
         return None
     parts = list(joined.args[0])  # type: ignore[arg-type]
@@ -89,13 +95,45 @@ def sink_slice(program: Program, node: fx.Node, layout: Layout,
         logit, scores = parts
     else:
         return None
-    wide = Axis(key_size + 1)
-    own = tuple((wide,) if i == at else axes for i, axes in enumerate(layout))
-    one = tuple(() if i == at else axes for i, axes in enumerate(layout))
     assert isinstance(scores, fx.Node) and isinstance(logit, fx.Node)
+    interior = [*path, *inner, softmax, joined]
+    number = program.constant(logit)
+    if number is not None and math.isfinite(number):
+        return _sink(softmax, layout, at, scores, E.const(float(number)), None,
+                     [*interior, logit])  # type: ignore[list-item]
+    one = tuple(() if i == at else axes for i, axes in enumerate(layout))
     operand = Loaded(logit, broadcast(one, shape_of(logit.meta["val"])), "sink", E.FLOAT)
-    return Sink(softmax, own, frozenset((wide,)), (scores, layout), E.load("sink"), operand,
-                 [*path, *inner, softmax, joined])  # type: ignore[list-item]
+    return _sink(softmax, layout, at, scores, E.load("sink"), operand,
+                 interior)  # type: ignore[arg-type]
+
+
+def _sink(softmax: fx.Node, layout: Layout, at: int, scores: fx.Node, logit: Expr,
+          operand: Loaded | None, interior: list[fx.Node]) -> Sink:
+    wide = Axis(layout[at][0].size + 1)
+    own = tuple((wide,) if i == at else axes for i, axes in enumerate(layout))
+    return Sink(softmax, own, frozenset((wide,)), (scores, layout), logit, operand, interior)
+
+
+def _padded(joined: fx.Node, bounds: list[object], softmax: fx.Node, layout: Layout, at: int,
+            interior: list[object]) -> Sink | None:
+    """softmax(pad(scores, (0, 1)))[..., :-1], or padded and cut in front."""
+    scores, widths, *more = joined.args
+    mode, value = ("constant", *more) if op_name(joined) == "constant_pad_nd" else (
+        *more, *("constant", None)[len(more):])
+    mode, value = joined.kwargs.get("mode", mode), joined.kwargs.get("value", value)
+    value = 0.0 if value is None else value
+    if mode != "constant" or not isinstance(value, int | float) or not math.isfinite(value) \
+            or at != len(layout) - 1 or softmax.args[1] % len(layout) != at:  # type: ignore
+        return None
+    before, after, *others = widths  # type: ignore[misc]
+    start = bounds[0] if bounds else 0
+    cut = start in (0, None) if (before, after) == (0, 1) else (
+        (before, after) == (1, 0) and start == 1)
+    if any(others) or not cut:
+        return None
+    assert isinstance(scores, fx.Node)
+    return _sink(softmax, layout, at, scores, E.const(float(value)), None,
+                 interior)  # type: ignore[arg-type]
 
 
 def _is_row_max(node: object, of: object) -> bool:

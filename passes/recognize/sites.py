@@ -17,7 +17,7 @@ from attnopt.passes.recognize.by_hand import read_by_hand
 from attnopt.passes.recognize.contraction import Contraction, contraction
 from attnopt.passes.recognize.gates import take_gates
 from attnopt.passes.recognize.heads import head_mix
-from attnopt.passes.recognize.program import SDPA, SOFTMAX, Program
+from attnopt.passes.recognize.program import SDPA, SOFTMAX, UNMOVED, Program
 from attnopt.passes.recognize.scores import raw_score
 from attnopt.passes.recognize.sdpa import read_sdpa
 from attnopt.passes.recognize.softmaxes import read_softmaxes
@@ -28,6 +28,7 @@ def recognize(program: Program) -> tuple[list[Attention], list[Miss]]:
     """All sites of the program in topological order, and what was left."""
     found: list[Attention] = []
     reasons: dict[fx.Node, Miss] = {}
+    written: dict[fx.Node, Miss] = {}
     reassociable: list[Miss] = []
     for node in program.nodes:
         if node not in program.live or node.op != "call_function":
@@ -43,7 +44,7 @@ def recognize(program: Program) -> tuple[list[Attention], list[Miss]]:
         if second is not None and (mix is None or program.on_input(mix.matrix)):
             if any(program.users(n) != [node] for n in second.inner):
                 continue  # the product is read as well: no contraction
-            _try_contraction(program, second, found, reasons, reassociable)
+            _try_contraction(program, second, found, reasons, written, reassociable)
     taken = {a.anchor for a in found}
     take_gates(program, found)
     for site in found:
@@ -51,15 +52,19 @@ def recognize(program: Program) -> tuple[list[Attention], list[Miss]]:
     for node in program.nodes:
         if op_name(node) in SOFTMAX and node in program.live and node.op == "call_function" \
                 and node not in taken and node not in reasons and "log" not in op_name(node):
-            reasons[node] = Miss(node, "no contraction over the softmax axis follows", node)
+            why = node.meta.get(UNMOVED)
+            reasons[node] = Miss(node, "no contraction over the softmax axis follows" + (
+                f", and what is moved is not put back: {why}" if why else ""), node)
     misses = [m for n, m in reasons.items() if n not in taken]
     covered = {n for a in found for n in a.interior}
-    misses += [m for m in reassociable if m.anchor not in covered and m.anchor not in taken]
+    misses += [m for m in (*written.values(), *reassociable)
+               if m.anchor not in covered and m.anchor not in taken]
     return found, sorted(misses, key=lambda m: program.order[m.anchor])
 
 
 def _try_contraction(program: Program, second: Contraction, found: list[Attention],
-                     reasons: dict[fx.Node, Miss], reassociable: list[Miss]) -> None:
+                     reasons: dict[fx.Node, Miss], written: dict[fx.Node, Miss],
+                     reassociable: list[Miss]) -> None:
     """Read either operand of `second` as attention weights."""
     for side in (0, 1):
         weights, values = second.sides()[side], second.sides()[1 - side]
@@ -77,6 +82,8 @@ def _try_contraction(program: Program, second: Contraction, found: list[Attentio
         except Decline as no:
             for norm in norms:
                 reasons.setdefault(norm, Miss(norm, no.reason, no.node))
+            if not norms and _normalized(program, weights[0]):
+                written.setdefault(second.node, Miss(second.node, no.reason, no.node))
             continue
         plain = [s for s in sites if s.normalizer.name == "identity"
                  and s.normalizer.weights is E.weight]
@@ -88,6 +95,23 @@ def _try_contraction(program: Program, second: Contraction, found: list[Attentio
             continue
         found.extend(sites)
         return
+
+
+def _normalized(program: Program, weights: fx.Node) -> bool:
+    """Are these exponentials of scores over a sum of theirs, or beside their log-sum-exp?"""
+    stack, seen, found = [weights], {weights}, set[str]()
+    while stack:
+        node = stack.pop()
+        name = op_name(node) if node.op == "call_function" else ""
+        if name == "exp" and any(map(program.on_input, program.sources[node])):
+            found.add(name)
+        elif name in ("div", "true_divide", "logsumexp"):
+            found.add("div")
+        if raw_score(node) is None:
+            more = [n for n in node.all_input_nodes if n not in seen and program.sources.get(n)]
+            seen.update(more)
+            stack += more
+    return found == {"exp", "div"}
 
 
 def _is_linear(site: Attention) -> bool:

@@ -91,7 +91,8 @@ def softmax_site(program: Program, second: Contraction, weights: Operand, values
     site.interior = list(dict.fromkeys([*reader.interior, *site.interior]))
     if sink is not None:
         site.sinks = sink.logit
-        site.operands["sink"] = sink.operand
+        if sink.operand is not None:
+            site.operands["sink"] = sink.operand
     site.renormalize, site.dropout = renormalize, reader.dropout
     site.fixed = selected(reader, axes_of(at)) | selected(logits_reader)
     site.detached = reader.detached or logits_reader.detached

@@ -302,6 +302,8 @@ def _open_product(item: Item, exponent: float, constant: Constant
     powers, factor = _flat_once(term, constant)
     if powers == ((1.0, item),) or factor == 0:
         return None
+    if abs(exponent) != 1 and any(e != int(e) for e, _ in powers):
+        return None  # the square of a root is not defined everywhere
     return tuple((exponent * e, a) for e, a in powers), factor ** exponent
 
 
@@ -310,7 +312,7 @@ def _joined(opener: Opener, a: float, b: float) -> float:
 
 
 def _merged(opener: Opener, entries: Entries) -> Entries:
-    """x * x as x^2: whole powers of one tensor in one."""
+    """x * x as x^2: whole powers of one tensor in one, but not x / x, which is not 1 at 0."""
     if opener is _open_sum:
         return entries
     found: list[tuple[float, Item]] = []
@@ -319,7 +321,7 @@ def _merged(opener: Opener, entries: Entries) -> Entries:
         for i, (other, known) in enumerate(found):
             twin = place.same(strip(known)) if isinstance(place, Ref) and isinstance(
                 known, Ref) else place is known
-            if twin and exponent == int(exponent) and other == int(other):
+            if twin and exponent == int(exponent) and other == int(other) and exponent * other > 0:
                 found[i] = (exponent + other, known)
                 break
         else:

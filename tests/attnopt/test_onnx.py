@@ -100,6 +100,48 @@ def test_opsets_and_dynamic_sizes(tmp_path, opset):
     assert model.functions[0].name == node.op_type
 
 
+class Neighbours(nn.Module):
+    """2-D neighbourhood attention (NATTEN): windows of side x side keys, kept inside the map."""
+
+    def __init__(self, height=20, width=18, side=5, heads=2, dim=8):
+        super().__init__()
+        self.heads, self.project = heads, nn.Linear(heads * dim, 3 * heads * dim)
+        rows, columns = (self.near(n, side) for n in (height, width))
+        mask = rows[:, None, :, None] & columns[None, :, None, :]
+        self.register_buffer("mask", mask.reshape(height * width, -1), persistent=False)
+
+    @staticmethod
+    def near(length, side):
+        place = torch.arange(length)
+        first = (place - side // 2).clamp(0, length - side)[:, None]
+        return (place >= first) & (place < first + side)
+
+    def forward(self, x):  # (batch, height, width, heads * dim)
+        q, k, v = self.project(x).flatten(1, 2).unflatten(-1, (3, self.heads, -1)).permute(
+            2, 0, 3, 1, 4)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        weights = scores.masked_fill(~self.mask, float("-inf")).softmax(-1)
+        return (weights @ v).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [18, 23])
+def test_a_neighbourhood_of_any_number_of_maps(tmp_path, opset):
+    import onnxruntime
+
+    model, path = Neighbours().eval(), tmp_path / "m.onnx"
+    report = attnopt.export_onnx(model, (torch.randn(2, 20, 18, 16),), path, opset=opset,
+                                 dynamic_shapes={"x": {0: DIM("b", min=1, max=16)}})
+    assert [(f.name, f.form) for f in report.forms] == [("NeighborhoodAttention", "tiled")]
+    assert kinds(path)[1] < 360 * 360 // 2
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for batch in (1, 7):
+        x = torch.randn(batch, 20, 18, 16)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(x), atol=1e-5, rtol=1e-5)
+
+
 def test_a_structured_mask_is_never_written_out(tmp_path):
     path = tmp_path / "model.onnx"
     report = attnopt.export_onnx(Blocks("window").eval(), (torch.randn(1, 320, 16),), path,
@@ -168,6 +210,13 @@ def test_deformable_sampling_becomes_gathers(tmp_path, lifted):
     assert report.error < 1e-5 and "GridSample" not in kinds(path)[0]
 
 
+def _perturb(model):
+    """Tables of positions and the like begin as zeros, which any bias would equal."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Swin", "Mistral", "T5"])
 def test_models_of_transformers(tmp_path, family):
@@ -186,8 +235,9 @@ def test_models_of_transformers(tmp_path, family):
     }[family]
     config = getattr(transformers, f"{family}Config")(**settings, attn_implementation="eager")
     model = getattr(transformers, f"{family}Model")(config).eval()
+    _perturb(model)
     report = attnopt.export_onnx(model, (), tmp_path / "m.onnx", kwargs=inputs)
-    assert report.error < 1e-4
+    assert report.error < report.bound
     assert names <= {f.name.partition("_")[0] for f in report.forms}, report
 
 
@@ -199,8 +249,9 @@ def test_the_image_encoder_of_sam(tmp_path):
         window_size=3, output_channels=16, global_attn_indexes=[1], mlp_dim=64, use_rel_pos=True,
         attn_implementation="eager")
     model = transformers.SamVisionModel(config).eval()
+    _perturb(model)
     report = attnopt.export_onnx(model, (torch.randn(1, 3, 64, 64),), tmp_path / "m.onnx")
-    assert report.error < 1e-4 and sum(f.calls for f in report.forms) == 2, report
+    assert report.error < report.bound and sum(f.calls for f in report.forms) == 2, report
 
 
 @pytest.mark.slow

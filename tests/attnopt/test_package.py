@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -84,6 +85,24 @@ def test_runs_without_attnopt_at_other_sizes(tmp_path) -> None:
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "4 equal\n"
+
+
+@pytest.mark.slow
+def test_half_precision_is_as_accurate_as_the_model(tmp_path) -> None:
+    model, x = Windowed().eval().bfloat16(), torch.randn(2, 150, 16).bfloat16()
+    shapes = {"x": {0: DIM("b", min=1, max=8), 1: DIM("n", min=4, max=512)}}
+    found = attnopt.package(model, (x,), tmp_path / "m.pt2", dynamic_shapes=shapes)
+    assert [s.status for s in found.report.sites] == ["rewritten", "rewritten"]
+    run = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2"))
+    exact = copy.deepcopy(model).double()
+    for b, n in ((2, 150), (1, 5), (8, 301)):
+        x = torch.randn(b, n, 16).bfloat16()
+        with torch.no_grad():
+            made, own, wanted = (f(y)["out"] for f, y in (
+                (run, x), (model, x), (exact, x.double())))
+        assert made.dtype == torch.bfloat16
+        off, allowed = ((y.double() - wanted).abs().max() for y in (made, own))
+        assert off <= 2 * allowed
 
 
 def test_arguments(tmp_path) -> None:

@@ -311,6 +311,36 @@ def test_the_table_is_read_at_each_call() -> None:
     assert QUERY in opt.report.sites[0].bias
 
 
+class Repeated(torch.nn.Module):
+    """A term per row and one per column of a grid, repeated to all tokens."""
+
+    def __init__(self, side: int = 6) -> None:
+        super().__init__()
+        self.side = side
+        self.high, self.wide = (torch.nn.Parameter(torch.randn(2 * side - 1, D)) for _ in range(2))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = self.side
+        far = torch.arange(n)[:, None] - torch.arange(n) + n - 1
+        rows = q.unflatten(2, (n, n))
+        high = torch.einsum("bhyxc,yjc->bhyxj", rows, self.high[far]).flatten(2, 3)
+        wide = torch.einsum("bhyxc,xjc->bhyxj", rows, self.wide[far]).flatten(2, 3)
+        scores = (q * D**-0.5) @ k.mT + high.repeat_interleave(n, -1) + wide.repeat(1, 1, 1, n)
+        return scores.softmax(-1) @ v
+
+
+def test_parts_of_tokens_beside_a_batch_of_any_size() -> None:
+    module = Repeated().eval()
+    opt = attnopt.optimize(module, drawn(36), verify=False,
+                           dynamic_shapes=({0: torch.export.Dim.AUTO},) * 3)
+    for batch in (B, 1, 5):
+        inputs = drawn(36, batch=batch)
+        with torch.no_grad():
+            torch.testing.assert_close(opt(*inputs), module(*inputs), atol=2e-5, rtol=1e-4)
+    (site,) = opt.report.sites
+    assert QUERY in site.bias and not dense(Spec.parse(site.spec)), site.bias
+
+
 # -- grids whose keys are pooled -------------------------------------------------------------------
 class Pooled(torch.nn.Module):
     """A term per row and one per column of fewer keys than queries (MViTv2, arXiv 2112.01526),

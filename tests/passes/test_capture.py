@@ -134,6 +134,61 @@ def test_dynamic_sizes():
         assert traced.sizes.fits([torch.ones(rows, 3), torch.ones(others, 3)]) is fits
 
 
+def _span(x):
+    span = torch.tensor(min(x.shape[1], 16))
+    steps = torch.arange(x.shape[1])
+    return (steps[:, None] - steps + span).clamp(0, 2 * span - 1) + x.sum()
+
+
+def _written(x):
+    length = torch.tensor(x.shape[1])
+    length.view(1).add_(1)
+    return torch.zeros(length.item()) + x.sum()
+
+
+def _list(x):
+    return torch.zeros((torch.tensor(x.shape).mul(2) - 2)[1].item()) + x.sum()
+
+
+def _bounded(x):
+    return torch.zeros(torch.full((), x.shape[1]).clamp(min=2, max=8).item()) + x.sum()
+
+
+def _narrow(x):  # wraps around
+    length = torch.tensor(x.shape[1], dtype=torch.int32).item()
+    torch._check(length >= 0)
+    return torch.zeros(length) + x.sum()
+
+
+def _data(x):
+    count = (x[0] > 0).sum().item()
+    torch._check(count >= 0)
+    return torch.zeros(count) + x.sum()
+
+
+def _either(x):  # up to 16 its length is that of x, beyond it is not
+    return x[:, : torch.tensor(min(x.shape[1], 16)) + 1]
+
+
+@pytest.mark.parametrize("function", [_span, _written, _list, _bounded, _narrow, _data, _either])
+def test_numbers_read_from_tensors_of_sizes(function):
+    """They are arithmetic on sizes in the graph; others stay what they are, and no length is
+    excluded."""
+    class Reads(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    traced = capture(Reads(), (torch.randn(2, 12),), {}, ({1: torch.export.Dim.AUTO},))
+    module = traced.captured.graph_module
+    left = [n for n in module.graph.nodes if n.target is torch.ops.aten.item.default]
+    assert bool(left) is (function in (_narrow, _data, _either))
+    literals = list(traced.captured.values.values())[:-1]
+    for n in (12, 5, 40, 3):
+        x = torch.randn(2, n)
+        assert traced.sizes.fits([x])
+        torch.testing.assert_close(module(*literals, x)[0], function(x))
+
+
 class AssignsNumber(nn.Module):
     def __init__(self):
         super().__init__()

@@ -73,3 +73,24 @@ def test_chunked_band_is_a_sliding_window(led: bool) -> None:
             assert not differences(
                 run(opt, given, gradients=False), run(original, given, gradients=False),
                 oracle(original, given, gradients=False)), (lengths, describe(opt))
+
+
+@pytest.mark.slow
+def test_big_bird_takes_its_first_and_last_blocks() -> None:
+    """Of five softmaxes four have all their keys in one product. The one of the blocks between
+    meets window, random and global values in products of their own, and is kept with this reason.
+    """
+    torch.manual_seed(0)
+    config = transformers.BigBirdConfig(
+        hidden_size=HIDDEN, num_attention_heads=HEADS, num_hidden_layers=1, intermediate_size=32,
+        vocab_size=99, block_size=8, num_random_blocks=2, max_position_embeddings=128,
+        attention_type="block_sparse")
+    original = transformers.BigBirdModel(config, add_pooling_layer=False).eval()
+    tokens, keep = torch.randint(3, 99, (2, 128)), torch.arange(128) < torch.tensor([[128], [50]])
+    given = {"input_ids": tokens, "attention_mask": keep.long()}
+    with torch.no_grad():
+        opt = attnopt.optimize(copy.deepcopy(original), (), given)
+        assert [s.status for s in opt.report.sites].count("rewritten") == 4, describe(opt)
+        (kept,) = (s for s in opt.report.sites if s.status == "kept")
+        assert "only a part of the keys of the softmax meets these values" in kept.reason
+        torch.testing.assert_close(opt(**given)[0], original(**given)[0], rtol=1e-4, atol=1e-5)

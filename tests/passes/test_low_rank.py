@@ -319,6 +319,16 @@ def test_a_constant_of_low_rank_is_read_no_more(function: Attention,
 
 
 @by_aten
+def test_a_constant_in_float64_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank_values, "largest", lambda *_: 8)
+    model, inputs = Model(added, random_product(4)).eval().double(), drawn()[:3]
+    opt = attnopt.optimize(model, tuple(x.double() for x in inputs), verify=False)
+    with torch.no_grad():
+        wide = [x.double() for x in inputs]
+        torch.testing.assert_close(opt(*wide), model(*wide), atol=1e-13, rtol=1e-13)
+
+
+@by_aten
 def test_a_constant_is_read_where_that_is_as_cheap() -> None:
     model = Model(added, random_product(12)).eval()
     opt = attnopt.optimize(model, tuple(drawn()[:3]), verify=False)

@@ -81,7 +81,7 @@ def test_near_miss_stays(form: Form) -> None:
     with torch.no_grad():
         opt = optimized(original, inputs)
     taken = [s for s in sites(opt) if s.status != "kept"]
-    assert len(taken) == (form is spelled.one_of_two_levels_counts), describe(opt)
+    assert len(taken) == 2 * (form is spelled.one_of_two_levels_counts), describe(opt)
     assert all(s.reason for s in sites(opt) if s not in taken)
     assert sites(opt) or form is spelled.unclamped
     check(original, opt, inputs)

@@ -507,3 +507,22 @@ def test_checked_like_any_other_rule() -> None:
     short = attnopt.check_rule(rule(norm_and_two, lambda x, g, a, b: one_product(x, g, a, b)[0],
                                     TWO), cases=4)
     assert not short
+
+
+@pytest.mark.parametrize("square", [
+    lambda x: x.sqrt() ** 2, lambda x: x ** 2 * (1 / x), lambda x: (x ** 0.5).square()])
+def test_powers_that_are_not_defined_everywhere(square: Any) -> None:
+    """The square of a root is x, but for negative numbers; x * x / x is x, but for 0."""
+    rule = attnopt.register_rewrite(
+        lambda x, y: (x * y).tanh() + x, lambda x, y: x + torch.tanh(y * x),
+        {"x": "b n", "y": "b n"}, register=False)
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (square(x) * y).tanh() + x
+
+    x, y = torch.rand(4, 8) + 0.1, torch.randn(4, 8)
+    optimized = attnopt.optimize(Model(), (x, y), rules=[rule])
+    assert not [s for s in optimized.report.sites if s.status == "rewritten"], optimized.report
+    x[0, 0], x[0, 1] = 0.0, -1.0
+    torch.testing.assert_close(optimized(x, y), Model()(x, y), equal_nan=True)

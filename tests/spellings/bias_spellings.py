@@ -132,6 +132,18 @@ def t5_fused(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+def one_hot(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A product with one-hot buckets (T5X's relative embeddings)."""
+    picked = torch.nn.functional.one_hot(t5_bucket(steps(q, k)), 32).to(q.dtype)
+    return soft(q, k, v, torch.einsum("qkn,nh->hqk", picked, s.buckets))
+
+
+def one_hot_layer(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same as a layer without a bias."""
+    picked = torch.nn.functional.one_hot(t5_bucket(steps(q, k)), 32).float()
+    return soft(q, k, v, torch.nn.functional.linear(picked, s.buckets.T).movedim(-1, 0))
+
+
 def clipped(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return soft(q, k, v, s.buckets[steps(q, k).clamp(-15, 16) + 15].permute(2, 0, 1))
 
@@ -214,6 +226,7 @@ def sam_by_views(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
 
 
-BY_DISTANCE: list[Spelling] = [t5, t5_decoder, t5_fused, clipped, before_the_scale, gated, squashed]
+BY_DISTANCE: list[Spelling] = [t5, t5_decoder, t5_fused, clipped, before_the_scale, gated, squashed,
+                               one_hot, one_hot_layer]
 ON_A_GRID: list[Spelling] = [swin, swin_v2, levit]
 BY_AXIS: list[Spelling] = [sam, sam_by_views]

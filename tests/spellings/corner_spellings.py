@@ -54,8 +54,10 @@ def padded(v, x, y, fill=0.0, mode="constant", wide=0, swap=False, loose=0):
             + texel(x0 + 1, y0 + 1) * (fx * fy).unsqueeze(1))
 
 
-def masked(v, x, y, late=0, kept=True):
+def masked(v, x, y, late=0, kept=True, odd="", border=False):
     h, w = v.shape[2:]
+    if border:
+        x, y = x.clamp(0, w - 1), y.clamp(0, h - 1)
     x0, y0 = x.floor().long(), y.floor().long()
     x1, y1 = x0 + 1, y0 + 1
 
@@ -67,7 +69,10 @@ def masked(v, x, y, late=0, kept=True):
     left, top = x1.to(x.dtype) - x, y1 - y
     a, b = (top * left)[:, None], (top * (x - x0))[:, None]
     c, d = ((y - y0) * left)[:, None], ((y - y0) * (x - x0))[:, None]
-    return a * texel(x0, y0) + b * texel(x1, y0) + c * texel(x0, y1) + d * texel(x1, y1)
+    first = texel(x0, y0)
+    v = v.flip(-1) if odd == "map" else v
+    return a * first + b * texel(x1, y0) + c * texel(x0, y1) + (
+        c if odd == "share" else d) * texel(x1, y1)
 
 
 def chosen(v, x, y):
@@ -108,6 +113,105 @@ def indexed(v, x, y, cut=False):
     upper = texel(x0, y0) * (1 - fx) + texel(x0 + 1, y0) * fx
     lower = texel(x0, y0 + 1) * (1 - fx) + texel(x0 + 1, y0 + 1) * fx
     return (upper * (1 - fy) + lower * fy).permute(0, 3, 1, 2)
+
+
+def hidden(v, x, y, of="product", rest=0.0, contrary=False):
+    """Corners outside of the map are chosen away: their products with shares, or their texels."""
+    h, w = v.shape[2:]
+    x0, y0 = x.floor(), y.floor()
+    fx, fy = x - x0, y - y0
+
+    def corner(i, j):
+        column, row = x0 + i, y0 + j
+        mask = (column < 0) | (column >= w) | (row < 0) | (row >= h) if contrary \
+            else (column >= 0) & (column < w) & (row >= 0) & (row < h)
+        mask = mask[:, None]
+        place = (row.clamp(0, h - 1) * w + column.clamp(0, w - 1)).long()
+        share = ((fx if i else 1 - fx) * (fy if j else 1 - fy))[:, None]
+        found = gathered(v.flatten(2), place)
+        if of == "product":
+            found = found * share
+            return found.masked_fill(mask, 0.0) if contrary else torch.where(mask, found, rest)
+        found = torch.where(mask, rest, found) if contrary else found.masked_fill(~mask, rest)
+        return found * share
+
+    return corner(0, 0) + corner(0, 1) + corner(1, 0) + corner(1, 1)
+
+
+def half_hidden(v, x, y, by="row"):
+    """Rows outside of the map are hidden with their shares along x, or behind one of two shares."""
+    h, w = v.shape[2:]
+    x0, y0 = x.floor().long(), y.floor().long()
+    fx, fy = (x - x0)[:, None], (y - y0)[:, None]
+
+    def row(j):
+        y1, found = y0 + j, 0
+        for i, share in ((0, 1 - fx), (1, fx)):
+            x1 = x0 + i
+            there = ((x1 >= 0) & (x1 < w) & (y1 >= 0) & (y1 < h))[:, None]
+            texel = gathered(v.flatten(2), y1.clamp(0, h - 1) * w + x1.clamp(0, w - 1))
+            found = found + (torch.where(there, texel * share, 0.0) if by == "share"
+                             else texel * share * ((x1 >= 0) & (x1 < w))[:, None])
+        if by == "share":
+            return found
+        return torch.where(((y1 >= 0) & (y1 < h))[:, None], found, 0.0)
+
+    return row(0) * (1 - fy) + row(1) * fy
+
+
+def mixed(v, x, y, by="lerp", bad=False):
+    """Mixed along x, then along y."""
+    h, w = v.shape[2:]
+    flat = F.pad(v, (1, 1, 1, 1)).flatten(2)
+    x0, y0 = x.floor(), y.floor()
+    fx, fy = (x - x0)[:, None], (y - y0)[:, None]
+
+    def texel(i, j):
+        column, row = (x0 + i + 1).clamp(0, w + 1), (y0 + j + 1).clamp(0, h + 1)
+        return gathered(flat, (row * (w + 2) + column).long())
+
+    def mix(a, b, share):
+        return torch.lerp(a, b, share.expand_as(a)) if by == "lerp" else a + (b - a) * share
+
+    upper = mix(texel(0, 0), texel(1, 0), fx)
+    lower = mix(texel(0, 1), texel(1, 1), fx)
+    return mix(upper, lower, fx if bad else fy)
+
+
+def hidden_products(value, locations, weights):
+    return summed(value, locations, weights, hidden)
+
+
+def hidden_texels(value, locations, weights):
+    return summed(value, locations, weights, lambda v, x, y: hidden(v, x, y, "texel"))
+
+
+def texels_hidden_outside(value, locations, weights):
+    return summed(value, locations, weights,
+                  lambda v, x, y: hidden(v, x, y, "texel", contrary=True))
+
+
+def mixed_by_lerp(value, locations, weights):
+    return summed(value, locations, weights, mixed)
+
+
+def mixed_by_slopes(value, locations, weights):
+    return summed(value, locations, weights, lambda v, x, y: mixed(v, x, y, "slope"))
+
+
+def half_padded(v, x, y):
+    """Zeros at the far ends of the map, a mask at the near ones."""
+    h, w = v.shape[2:]
+    flat = F.pad(v, (0, 1, 0, 1)).flatten(2)
+    x0, y0 = x.floor().long(), y.floor().long()
+    fx, fy = x - x0, y - y0
+
+    def texel(column, row, share):
+        place = row.clamp(0, h) * (w + 1) + column.clamp(0, w)
+        return gathered(flat, place) * (share * (column >= 0) * (row > -1)).unsqueeze(1)
+
+    return (texel(x0 + 1, y0 + 1, fx * fy) + texel(x0, y0, (1 - fx) * (1 - fy))
+            + texel(x0 + 1, y0, fx * (1 - fy)) + texel(x0, y0 + 1, (1 - fx) * fy))
 
 
 def padded_gathers(value, locations, weights):
@@ -156,9 +260,17 @@ def masked_rows(value, locations, weights):
     return torch.cat(out, -1)
 
 
+def half_padded_corners(value, locations, weights):
+    return summed(value, locations, weights, half_padded)
+
+
 ROWS = Spelling(masked_rows, parts=True)
 CORNERS = [Spelling(padded_gathers, parts=True), Spelling(masked_gathers, parts=True),
-           Spelling(chosen_corners, parts=True), Spelling(indexed_corners, parts=True)]
+           Spelling(chosen_corners, parts=True), Spelling(indexed_corners, parts=True),
+           Spelling(half_padded_corners, parts=True),
+           Spelling(hidden_products, parts=True), Spelling(hidden_texels, parts=True),
+           Spelling(texels_hidden_outside, parts=True), Spelling(mixed_by_lerp, parts=True),
+           Spelling(mixed_by_slopes, parts=True)]
 
 
 # -- near misses -----------------------------------------------------------------------------------
@@ -174,4 +286,10 @@ NEAR_CORNERS = [
     _near("rows_too_wide", padded, wide=-1), _near("shares_of_the_other_axis", padded, swap=True),
     _near("clamped_too_early", padded, loose=1), _near("masked_too_much", masked, late=1),
     _near("not_masked", masked, kept=False), _near("cut_not_rounded_down", indexed, cut=True),
+    _near("hidden_by_ones", hidden, rest=1.0), _near("texels_of_ones", hidden, of="t", rest=1.0),
+    _near("shares_hidden_outside", hidden, contrary=True), _near("mixed_twice", mixed, bad=True),
+    _near("rows_hidden", half_hidden), _near("shares_half_hidden", half_hidden, by="share"),
+    _near("corners_of_two_maps", masked, odd="map"),
+    _near("a_share_of_another_corner", masked, odd="share"),
+    _near("border", masked, kept=False, border=True),
 ]

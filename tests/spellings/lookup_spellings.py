@@ -247,9 +247,17 @@ def deberta_v2(s: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return disentangled(s, q, k, v, log_bucket(distances(q, k), 16, 64), 8)
 
 
+def deberta_taken(s: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by `take_along_dim`, whose places are broadcast to batch and heads."""
+    places = (distances(q, k) + 12).clamp(0, 23)[None, None]
+    c2p = torch.take_along_dim(q @ s.by_head[:, :24].mT, places, -1)
+    p2c = torch.take_along_dim(k @ s.by_head[:, 24:48].mT, 23 - places.mT, dim=3).mT
+    return attend((dot(q, k) + c2p + p2c) / math.sqrt(3 * q.shape[-1]), v)
+
+
 SHAW: list[Spelling] = [relative_key, relative_key_query, clipped, clipped_on_one_side,
                         shaw_by_matmul, shaw_by_product, shaw_by_head]
 SHIFTS: list[Spelling] = [conformer, padded_shift, flat_shift, strided_shift, gathered_shift,
                           indexed_shift, xlnet]
 SKEWS: list[Spelling] = [transformer_xl, skewed]
-DISENTANGLED: list[Spelling] = [deberta, deberta_v2]
+DISENTANGLED: list[Spelling] = [deberta, deberta_v2, deberta_taken]

@@ -40,6 +40,22 @@ def weights_of(q, k):
     return torch.softmax(q @ k.transpose(-2, -1) * SCALE, dim=-1)
 
 
+# -- results whose shape changes in place ----------------------------------------------------------
+def turned_and_written(self, q, k, v):
+    out = torch.matmul(weights_of(q, k), v)
+    out.unsqueeze_(2)
+    out.view(out.size(0), -1)[:, ::2].mul_(3)
+    return out
+
+
+def turned_beside_view(self, q, k, v):
+    out = torch.matmul(weights_of(q, k), v)
+    part = out[:, :1]
+    out.transpose_(1, 2)
+    part.mul_(2)
+    return out, part
+
+
 # -- routers and heads ----------------------------------------------------------------------------
 def with_router(self, sizes):
     self.gate = nn.Linear(sizes["c"], 4, bias=False)
@@ -354,6 +370,23 @@ def top_keys_only(self, q, k, v):
 
 
 # -- shifts that do not drop out, scores shared with something else -------------------------------
+def one_beside_half_a_shift(self, q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True) / 2)
+    return (weights / (1 + weights.sum(-1, keepdim=True))) @ v
+
+
+def score_beside_sum(self, q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    weights = scores.exp()
+    return (weights / (weights.sum(-1, keepdim=True) + torch.exp(scores))) @ v
+
+
+def sum_less_one(self, q, k, v):
+    weights = (q @ k.transpose(-2, -1) * SCALE).exp()
+    return (weights / (weights.sum(-1, keepdim=True) - 0.5)) @ v
+
+
 def shifted_along_queries(self, q, k, v):
     scores = q @ k.transpose(-2, -1) * SCALE
     return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
@@ -472,6 +505,8 @@ TRAPS = [
     NearMiss("weights mutated by a view", weights_mutated_by_view, expect="any",
              gradients=False),
     NearMiss("query overwritten", query_overwritten, expect="any", gradients=False),
+    NearMiss("turned and written", turned_and_written, expect="any"),
+    NearMiss("turned beside a view", turned_beside_view, expect="any"),
     NearMiss("value overwritten", value_overwritten, expect="any", gradients=False),
     NearMiss("inputs overwritten", inputs_overwritten, expect="any", gradients=False),
     NearMiss("weights into a buffer", weights_into_buffer, setup=with_seen,
@@ -496,6 +531,9 @@ TRAPS = [
     NearMiss("top keys only", top_keys_only, expect="any"),
 ]
 SHIFTS = [
+    NearMiss("one beside half a shift", one_beside_half_a_shift),
+    NearMiss("a score beside the sum", score_beside_sum),
+    NearMiss("sum less one", sum_less_one, expect="any"),
     NearMiss("shifted along queries", shifted_along_queries),
     NearMiss("shifted by the least", shifted_by_least),
     NearMiss("shifted sigmoid", shifted_sigmoid),

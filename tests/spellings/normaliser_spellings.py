@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.spellings.denominator_spellings import DENOMINATORS
 from tests.spellings.program import CROSS, QKV, Spelling
 
 SCALE = 0.25
@@ -259,6 +260,19 @@ def by_head_slices(self, q, k, v):
     return out
 
 
+def unsqueezed_in_place(self, q, k, v):
+    out = torch.matmul(scored(q, k).softmax(-1), v)
+    out.unsqueeze_(2)
+    return torch.cat([out, out * 2], 2)
+
+
+def transposed_in_place(self, q, k, v):
+    out = torch.matmul(scored(q, k).softmax(-1), v)
+    out.transpose_(1, 2)
+    out = out.transpose(1, 2)
+    return torch.stack([out, out * 2], 2)
+
+
 def two_part_keys(self, q, k, v, k2, v2):
     scores = torch.cat([scored(q, k), scored(q, k2)], dim=-1)
     weights = scores.softmax(-1)
@@ -314,7 +328,7 @@ WRITTEN_OUT = [
     _norm("sum as a product with ones", sum_as_product_with_ones, exp_sum_after, required=False),
     _norm("hand-written with mask", hand_written_masked, by_softmax_masked, KEYS),
     _norm("nn.Softmax", softmax_module, by_softmax, setup=with_softmax),
-    _norm("softmax plus one", softmax_plus_one, softmax_with_zero_key, required=False),
+    _norm("softmax plus one", softmax_plus_one, softmax_with_zero_key),
     _norm("zero key appended", zero_key_appended, softmax_plus_one),
 ]
 OTHERS = [
@@ -342,10 +356,11 @@ AROUND = [
     _norm("in place", in_place, in_place_div_add, KEYS),
     _norm("scores written by slices", by_slices, by_softmax),
     _norm("head by head into slices", by_head_slices, by_softmax, required=False),
+    _norm("result turned in place", unsqueezed_in_place, transposed_in_place),
     _norm("keys in two parts", two_part_keys, concatenated_keys,
           QKV + ", k2: b h k d, v2: b h k d", required=False),
     _norm("two layers", two_layers, two_layers_sdpa),
     _norm("one map, two values", shared_weights, shared_weights_joined,
           QKV + ", v2: b h s d", required=False),
 ]
-NORMALISERS = WRITTEN_OUT + OTHERS + HEADS + EDITED + AROUND
+NORMALISERS = WRITTEN_OUT + DENOMINATORS + OTHERS + HEADS + EDITED + AROUND

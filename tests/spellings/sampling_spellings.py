@@ -254,8 +254,23 @@ def summed_cameras(value, locations, weights):
     return out.sum(0) / visible.sum(0).clamp(min=1)
 
 
+def without_weights(value, locations, weights):
+    return queries_first(torch.stack(sampled(value, locations), -2).flatten(-2).sum(-1))
+
+
+def averaged(value, locations, weights):
+    samples = torch.stack(sampled(value, locations), -2)
+    weights = by_head(weights).unflatten(-1, samples.shape[-2:])
+    return queries_first((samples * weights).mean((-2, -1)))
+
+
+def averaged_without_weights(value, locations, weights):
+    return queries_first(torch.cat(sampled(value, locations), -1).mean(-1))
+
+
 #: forms that compute something else than the sum over their inputs
-OTHER = (looked_up, every_head_alike, seen_points, hidden_points, summed_cameras)
+OTHER = (looked_up, every_head_alike, seen_points, hidden_points, summed_cameras,
+         without_weights, averaged, averaged_without_weights)
 
 TABLE = [
     Spelling(stacked_levels), Spelling(points_before_levels), Spelling(einsum),
@@ -266,15 +281,12 @@ TABLE = [
     Spelling(reflected, padding="reflection"),
     Spelling(looked_up, UNEQUAL, mode="nearest", padding="border", parts=True),
     Spelling(other_order, parts=True), Spelling(every_head_alike), Spelling(seen_points),
-    Spelling(hidden_points, UNEQUAL), Spelling(summed_cameras),
+    Spelling(hidden_points, UNEQUAL), Spelling(summed_cameras), Spelling(without_weights),
+    Spelling(averaged), Spelling(averaged_without_weights, UNEQUAL),
 ]
 
 
 # -- near misses -----------------------------------------------------------------------------------
-def without_weights(value, locations, weights):
-    return queries_first(torch.stack(sampled(value, locations), -2).flatten(-2).sum(-1))
-
-
 def greatest(value, locations, weights):
     samples = torch.stack(sampled(value, locations), -2).flatten(-2)
     return queries_first((samples * by_head(weights)).amax(-1))
@@ -324,7 +336,7 @@ def position_embedding(value, locations, weights):
 
 
 def one_of_two_levels_counts(value, locations, weights):
-    """A level that is added without weights."""
+    """A level that is added without weights: two sums."""
     first, second, _ = sampled(value, locations)
     weights = by_head(weights).unflatten(-1, (L, -1))[..., 0, :]
     return queries_first((first * weights).sum(-1) + second.sum(-1))
@@ -340,5 +352,5 @@ def unclamped(value, locations, weights):
     return queries_first((found * weights).sum(2).transpose(1, 2))
 
 
-NEAR = [without_weights, greatest, returned_as_well, squashed, weighted_channels, over_the_batch,
+NEAR = [greatest, returned_as_well, squashed, weighted_channels, over_the_batch,
         bicubic, point_loss, position_embedding, one_of_two_levels_counts, unclamped]

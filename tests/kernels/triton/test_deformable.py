@@ -42,7 +42,7 @@ def test_budget(name: str) -> None:
     assert made.wide >= corners, "each corner is a load of 16 bytes, or 8"
     adds = corners if backward else 0
     layers = 2 * corners if backward and depth else 0
-    if int(target.removeprefix("sm_")) >= 90:
+    if architecture(target).capability >= 90:
         assert (made.vectors, made.single) == (adds, layers)
     else:
         assert (made.vectors, made.single) == (0, 4 * adds + layers)
