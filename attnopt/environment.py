@@ -105,10 +105,18 @@ def collect() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
+    """The name of the CPU; with family and model where it is no more than a brand.
+
+    A hypervisor may hide the product ("AMD EPYC"); the numbers tell the microarchitecture.
+    """
+    facts: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if any(c.isdigit() for c in name) or not facts.get("cpu family"):
+        return name
+    return f"{name}, family {facts['cpu family']}, model {facts.get('model', '')}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from attnopt import environment
 from attnopt.cost.devices import (
     Cpu,
     Gpu,
@@ -64,6 +65,20 @@ def test_a_known_cpu_is_known_for_its_instructions() -> None:
     assert find_cpu("AMD EPYC 9B14", "avx512").gemm["float32"] == 97
     # With half of its vector registers it is not what was measured.
     assert find_cpu("AMD EPYC 9B14", "avx2").width == 8
+
+
+def test_a_cpu_whose_product_is_hidden_is_known_by_its_model() -> None:
+    assert find_cpu("AMD EPYC, family 25, model 17", "avx512").name == "AMD EPYC (Zen 4)"
+    assert find_cpu("AMD EPYC, family 25, model 1", "avx2").hint  # Zen 3
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("model name\t: Xeon @ 2.50GHz\ncpu family\t: 6\nmodel\t: 85\n", "Xeon @ 2.50GHz"),
+    ("cpu family\t: 25\nmodel\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC, family 25, model 17"),
+    ("model name\t: Neoverse\n", "Neoverse")])
+def test_the_name_of_a_cpu(monkeypatch: pytest.MonkeyPatch, text: str, name: str) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_: text)
+    assert environment.processor()["model"] == name
 
 
 def test_calibrations_come_first(tmp_path: Path) -> None:
