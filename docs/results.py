@@ -23,13 +23,17 @@ def measured() -> Iterator[str]:
                 "carry over to other machines better than times do. *Missed* marks what is below "
                 "its goal.", "")
     for suite in SUITES:
-        for path in sorted(RESULTS.glob(f"{suite}-*.json")):
-            record = json.loads(path.read_text("utf-8"))
-            if list(record["suites"]) == [suite]:
-                yield from _suite(suite, record)
+        records = [json.loads(path.read_text("utf-8"))
+                   for path in sorted(RESULTS.glob(f"{suite}-*.json"))]
+        lines = [line for record in records if list(record["suites"]) == [suite]
+                 for line in _device(suite, record)]
+        if lines:
+            about = first(inspect.getdoc(inspect.getmodule(SUITES[suite])))
+            yield from (f"### {suite}", "", about, "", *lines)
 
 
-def _suite(suite: str, record: Mapping[str, Any]) -> Iterator[str]:
+def _device(suite: str, record: Mapping[str, Any]) -> Iterator[str]:
+    """What a suite measured on one device; nothing where that has neither rows nor ratios."""
     rows = record["suites"][suite]
     full = {n: r for n, r in rows.items() if isinstance(r, Mapping) and "contestants" in r}
     short = {n: r for n, r in rows.items() if isinstance(r, Mapping) and "ratio" in r}
@@ -43,9 +47,7 @@ def _suite(suite: str, record: Mapping[str, Any]) -> Iterator[str]:
     device = (record.get("accelerators") or [None])[0] if suite.startswith("gpu") else None
     threads = record["cpu"].get("threads")
     where = device or f"{record['cpu']['model']}, {threads} thread{'' if threads == 1 else 's'}"
-    about = first(inspect.getdoc(inspect.getmodule(SUITES[suite])))
-    yield from (f"### {suite}", "", about, "", f"{where}; torch {record['versions']['torch']}; "
-                f"{record['date']}.", "", *body, "")
+    yield from (f"{where}; torch {record['versions']['torch']}; {record['date']}.", "", *body, "")
 
 
 def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
