@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from attnopt.ir.sizes import assumed
 from attnopt.ir.spec import Schedule, Spec
 from attnopt.ir.tiling import GridTile
 from attnopt.kernels import low_rank
@@ -75,9 +75,6 @@ def _triton(spec: Spec, schedule: Schedule, tensors: Sequence[torch.Tensor]) -> 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same look without memory; symbolic lengths are those of the example."""
-    def number(n: Any) -> int:
-        return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
-
-    return torch.empty_strided([number(n) for n in tensor.shape],
-                               [number(n) for n in tensor.stride()],
+    return torch.empty_strided([assumed(n) for n in tensor.shape],
+                               [assumed(n) for n in tensor.stride()],
                                dtype=tensor.dtype, device="meta")

@@ -90,7 +90,7 @@ class Values:
         if self._goes_by_rows(node, symbols):
             with torch.no_grad():
                 return by_rows.by_rows(
-                    node, lambda n: tuple(_number(x, symbols or {}) for x in n.meta["val"].shape),
+                    node, lambda n: tuple(number(x, symbols or {}) for x in n.meta["val"].shape),
                     lambda n: self.evaluate(n, symbols))
         done: dict[fx.Node, Any] = {}
         total = 0
@@ -109,7 +109,7 @@ class Values:
              symbols: Mapping[sympy.Symbol, int]) -> Any:
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt):
-            return _number(val, symbols)
+            return number(val, symbols)
         if node.op != "placeholder" and self._bytes(node, symbols) > LARGEST:
             raise LookupError(f"{node.name} is larger than {LARGEST >> 20} MB")
         if node.op == "placeholder":
@@ -117,9 +117,9 @@ class Values:
             if value is None:
                 raise LookupError(f"the value of {node.name} is not at hand")
             return value
-        number = _filled(node)
-        if number is not None:
-            return torch.full([_number(n, symbols) for n in val.shape], number, dtype=val.dtype,
+        filled = _filled(node)
+        if filled is not None:
+            return torch.full([number(n, symbols) for n in val.shape], filled, dtype=val.dtype,
                               device=val.device)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: done[n])
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -133,11 +133,16 @@ class Values:
 
     def _bytes(self, node: fx.Node, symbols: Mapping[sympy.Symbol, int] | None) -> int:
         """Of the largest tensor that a node gives."""
-        return max((math.prod(_number(n, symbols or {}) for n in t.shape) * t.element_size()
+        return max((math.prod(number(n, symbols or {}) for n in t.shape) * t.element_size()
                     for t in _tensors(node.meta.get("val"))), default=0)
 
 
-def _number(n: Any, symbols: Mapping[sympy.Symbol, int]) -> int:
+def number(n: Any, symbols: Mapping[sympy.Symbol, int]) -> int:
+    """A length with its symbols bound.
+
+    Raises:
+        LookupError: it is not known (as where it follows from values: nonzero, …).
+    """
     if not isinstance(n, torch.SymInt):
         return int(n)
     value = n.node.expr.xreplace({s: sympy.Integer(v) for s, v in symbols.items()})

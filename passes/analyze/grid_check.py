@@ -15,7 +15,7 @@ from torch import fx
 
 from attnopt.ir import expr as E
 from attnopt.ir.evaluate import Env, evaluate
-from attnopt.passes.analyze.by_value import Values
+from attnopt.passes.analyze.by_value import Values, number
 from attnopt.passes.analyze.lift import Index, Lifted
 
 #: Grids larger than this are not compared.
@@ -37,7 +37,10 @@ def agrees(lifted: Lifted, node: fx.Node, idx: Index, values: Values,
     leading = [a for a in axes - {"q", "k"} if a not in ("h", "b")]
     count = 2 + max((int(a[1:]) for a in leading), default=0) if axes - {"q", "k"} else 0
     names = ["h", "b", *(f"b{i}" for i in range(1, count))][:count]
-    sizes = {a: number(n, symbols) for a, n in lengths.items()}
+    try:
+        sizes = {a: number(n, symbols) for a, n in lengths.items()}
+    except LookupError:
+        return None
     shape = tuple(sizes[a] if a in axes else 1 for a in (*reversed(names), "q", "k"))
     if torch.Size(shape).numel() > LARGEST:
         return None
@@ -64,16 +67,13 @@ def agrees(lifted: Lifted, node: fx.Node, idx: Index, values: Values,
 
 def captured_sizes(lengths: Mapping[str, Any], tensors: list[torch.Tensor]
                    ) -> dict[sympy.Symbol, int]:
-    """The numbers that the symbols stood for when the graph was captured."""
+    """The numbers that the symbols stood for when the graph was captured. Those of sizes that
+    follow from values (nonzero, …) are not known."""
     found: dict[sympy.Symbol, int] = {}
     for n in (*lengths.values(), *(s for t in tensors for s in t.shape)):
         if isinstance(n, torch.SymInt) and n.node.shape_env is not None:
             env = n.node.shape_env  # the attribute's name until torch 2.12, and since
-            known = getattr(env, "backed_var_to_val", None) or env.var_to_val
+            known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
             found |= {symbol: int(value) for symbol, value in known.items()}
     return found
 
-
-def number(n: int | torch.SymInt, symbols: Mapping[sympy.Symbol, int]) -> int:
-    """A length with its symbols bound."""
-    return int(n.node.expr.xreplace(symbols)) if isinstance(n, torch.SymInt) else n

@@ -25,6 +25,7 @@ from attnopt.ir import expr as E
 from attnopt.ir.bias import ClosedForm, form_of
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Mask, Where
+from attnopt.ir.sizes import assumed
 from attnopt.ir.spec import Operand, Spec
 from attnopt.passes.analyze import (
     bias_tables,
@@ -47,7 +48,7 @@ from attnopt.passes.analyze.inline_masks import (
     is_term,
 )
 from attnopt.passes.analyze.inline_operands import Operands
-from attnopt.passes.analyze.lift import Lifted, Unliftable, hint
+from attnopt.passes.analyze.lift import Lifted, Unliftable
 from attnopt.passes.analyze.lift_floats import FloatLifter, decides
 from attnopt.passes.analyze.logic import leaves_of, literals
 from attnopt.passes.analyze.mask_reading import Reader
@@ -367,7 +368,7 @@ class _Inlining:
         if not self.taken:
             return ()
         readers = max(len(self.program.users(self.canonical.operands[s].node)) for s in self.taken)
-        sizes = [math.prod(map(hint, n.meta["val"].shape)) for n in self.interior
+        sizes = [math.prod(map(assumed, n.meta["val"].shape)) for n in self.interior
                  if is_tensor(n) and not _is_view(n) for _ in range(sampled_bias.passes(n))]
         # What is of a part of the scores would be expanded, and put where it lies.
         for at in filter(None, (Place.of(self.canonical.operands[s]) for s in self.taken)):

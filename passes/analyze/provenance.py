@@ -22,8 +22,8 @@ from torch import Tensor, fx
 from attnopt.ir import expr as E
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import ALL, Mask
-from attnopt.passes.analyze.by_value import Values
-from attnopt.passes.analyze.grid_check import agrees, captured_sizes, number
+from attnopt.passes.analyze.by_value import Values, number
+from attnopt.passes.analyze.grid_check import agrees, captured_sizes
 from attnopt.passes.analyze.hiding import may_hide
 from attnopt.passes.analyze.lift import Layout, Lifted, Lifter, Unliftable
 from attnopt.passes.analyze.lift_tables import Patterns
@@ -277,7 +277,10 @@ class _Study:
         if keep.indices - {"q", "k"} or rows is not keys or rows.op == "const":
             return None
         if (keep, rows) not in self.analysis.names:
-            captured = number(self.lengths["q"], captured_sizes(self.lengths, []))
+            try:
+                captured = number(self.lengths["q"], captured_sizes(self.lengths, []))
+            except LookupError:
+                return None
             self.analysis.names[keep, rows] = read_symbolic(keep, captured, captured)
         return self.analysis.names[keep, rows]
 

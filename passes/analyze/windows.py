@@ -28,7 +28,8 @@ from attnopt.ir.evaluate import Env, evaluate
 from attnopt.ir.expr import Expr
 from attnopt.ir.mask import Mask, Neighborhood, Regions, Reindex, Select, Windows
 from attnopt.ir.spec import leading_axes
-from attnopt.passes.analyze.grid_check import captured_sizes, number
+from attnopt.passes.analyze.by_value import number
+from attnopt.passes.analyze.grid_check import captured_sizes
 from attnopt.passes.analyze.lift import Layout, Lifter
 from attnopt.passes.analyze.naming import named_layout
 from attnopt.passes.analyze.neighbourhoods import grids

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from attnopt.errors import CaptureError
 from attnopt.ir.captured import Captured, Origin
 from attnopt.passes.capture.autocast import autocast_off, autocast_state, bake_autocast
+from attnopt.passes.capture.data import Retrace
 from attnopt.passes.capture.export import CAPTURE_LOCK
 from attnopt.passes.capture.guards import ValueGuard
 from attnopt.passes.capture.regions import REGION
@@ -102,7 +103,7 @@ def capture_graph(module: fx.GraphModule, inputs: Sequence[Any], self_name: str 
 
     Raises:
         CaptureError: the graph holds sub-graphs (checkpoints, custom autograd functions,
-            conditions), whose backward a second trace would lose.
+            conditions), whose backward a second trace would lose; or see `Retrace`.
     """
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -114,7 +115,7 @@ def capture_graph(module: fx.GraphModule, inputs: Sequence[Any], self_name: str 
     grad = torch.is_grad_enabled()
     try:
         with mode or contextlib.nullcontext(), torch.fx.traceback.preserve_node_meta():
-            graph = make_fx(fx.Interpreter(module).run, pre_dispatch=True, tracing_mode="real",
+            graph = make_fx(Retrace(module).run, pre_dispatch=True, tracing_mode="real",
                             _allow_non_fake_inputs=True)(*examples)
     finally:
         _SET_GRAD(grad)

@@ -140,7 +140,7 @@ def one_hot(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def one_hot_layer(s: Tables, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same as a layer without a bias."""
-    picked = torch.nn.functional.one_hot(t5_bucket(steps(q, k)), 32).float()
+    picked = torch.nn.functional.one_hot(t5_bucket(steps(q, k)), 32).to(s.buckets.dtype)
     return soft(q, k, v, torch.nn.functional.linear(picked, s.buckets.T).movedim(-1, 0))
 
 
