@@ -37,6 +37,8 @@ from attnopt.passes.verify_lengths import Against, draw
 
 log = logging.getLogger("attnopt.verify")
 MOST_BYTES = 512 << 20  # of one float64 score tensor; larger regions are checked on a slice
+#: times that the inputs of a gradient are rounded anew, to see what that does to it
+_SHAKES = 4
 
 
 @dataclass
@@ -254,6 +256,15 @@ def _compare(c: Candidate, known: Mapping[fx.Node, Any], original: torch.Tensor,
     exact = {n: oracle.double(v) for n, v in known.items()}
     reference = oracle.run(end, exact, precise=True)
     ok, err_new, err_original, bound = judge(new, original, reference)
+    if not ok and err_new is not None:
+        # The author's own result may be near by luck: the most is then what roundings of the
+        # inputs do to it, as long as that is little beside the largest number.
+        moved = (distance(oracle.run(end, {n: _shaken(v) for n, v in known.items()},
+                                   precise=False), original)
+                 for _ in range(_SHAKES))
+        most = 32 * torch.finfo(new.dtype).eps * size(reference)
+        bound = max(bound, min(most, 4 * max(m or 0.0 for m in moved)))
+        ok = err_new <= bound
     if c.error is None or (err_new or 0.0) > c.error:
         c.error, c.error_original, c.bound = err_new, err_original, bound
     if not ok:
@@ -332,13 +343,17 @@ def compare_gradients(captured: Captured, c: Candidate, view: View,
             continue  # sums of many products: a few ulps of the largest entry
         if not ok and err is not None:
             # Where large terms cancel, the original may be exact by luck: it is then held against
-            # what a rounding of its inputs does to it.
-            with torch.enable_grad():
-                moved = authored(precise=False, shaken=True)[i]
-            if moved is not None and node in kinks:
-                moved = moved.masked_fill(kinks[node], 0.0)
-            bound = max(bound, 4 * (distance(moved, original) or 0.0)) \
-                if moved is not None else bound
+            # what roundings of its inputs do to it, and exp(s - lse), by which kernels make the
+            # weights again, rounds more than exp(s - max) does.
+            for _ in range(_SHAKES):
+                with torch.enable_grad():
+                    moved = authored(precise=False, shaken=True)[i]
+                if moved is not None and node in kinks:
+                    moved = moved.masked_fill(kinks[node], 0.0)
+                if moved is not None:
+                    bound = max(bound, 8 * (distance(moved, original) or 0.0))
+                if err <= bound:
+                    break
             ok = err <= bound
         if not ok:
             c.reason = (f"the gradient of {node.name} is off by {err} from float64, the original "
