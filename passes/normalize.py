@@ -168,6 +168,13 @@ class _Functionaliser:
     def write(self, node: fx.Node, positions: list[int]) -> None:
         target = node.args[0] if node.args else None
         functional = _functional_overload(node) if positions == [0] else None
+        if isinstance(target, fx.Node) and _turns(node):
+            # Views of it keep their shape, so no shape is that of the memory from here on.
+            root = self.root(target)
+            self.opaque_write(node, positions)
+            self.view.roots[node] = root
+            self.undecided.add(root)
+            return
         if functional is None or not isinstance(target, fx.Node) \
                 or self.root(target) in self.undecided:
             self.opaque_write(node, positions)
@@ -202,9 +209,10 @@ class _Functionaliser:
             return self.carry_back_part(step, base, value) if op_name(base) in _MULTI else None
         if name in _RESHAPING:
             return self.emit(base, aten.reshape.default, (value, list(base.meta["val"].shape)))
-        if name in ("transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T"):
-            dims = step.args[1:3] or ((-2, -1) if name == "mT" else (0, 1))
-            return self.emit(base, aten.transpose.int, (value, *dims))
+        if name in ("t", "numpy_T"):  # their own inverses
+            return self.emit(base, step.target, (value,))
+        if name in ("transpose", "swapaxes", "swapdims", "mT"):
+            return self.emit(base, aten.transpose.int, (value, *(step.args[1:3] or (-2, -1))))
         if name == "permute":
             order = [d % len(step.args[1]) for d in step.args[1]]  # type: ignore[arg-type]
             inverse = [order.index(i) for i in range(len(order))]
@@ -354,7 +362,8 @@ def _functional_overload(node: fx.Node) -> Any:
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
     name = op_name(node)
-    if not name.endswith("_") or torch.Tag.nondeterministic_seeded in target.tags:
+    if not name.endswith("_") or (torch.Tag.nondeterministic_seeded in target.tags
+                                  and not _drops_nothing(node)):
         return None
     packet = getattr(aten, name[:-1], None)
     overload = getattr(packet, target._overloadname, None) if packet is not None else None
@@ -362,6 +371,19 @@ def _functional_overload(node: fx.Node) -> Any:
                                for a in overload._schema.arguments):
         return None
     return overload
+
+
+def _turns(node: fx.Node) -> bool:
+    """Does it change the shape of a tensor in place?"""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.inplace_view in tags and op_name(node) != "detach_"
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Is it a dropout outside of training, or of nothing?"""
+    given = dict(zip(("input", "p", "train"), node.args, strict=False)) | node.kwargs
+    return op_name(node) in ("dropout_", "feature_dropout_", "alpha_dropout_") and (
+        given["train"] is False or given["p"] == 0)
 
 
 def _changes_dtype(node: fx.Node) -> bool:

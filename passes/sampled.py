@@ -42,6 +42,9 @@ aten = torch.ops.aten
 Axes = tuple[Axis, ...]
 #: scale and offset from a range of locations to F.grid_sample's, the best first
 RANGES = {"unit": (2.0, -1.0), "signed": (1.0, 0.0)}
+#: the places that F.grid_sample of three axes has on a CPU for NaN, inf and -inf: the last texel
+#: for what the op, as F.grid_sample of two axes, takes for the first
+_NOT_PLACES = {"border": (math.inf, math.inf, -math.inf), "reflection": (1.0, 1.0, 1.0)}
 #: what weights meet between their softmax and the samples
 _MASKS = frozenset(("mul", "div", "masked_fill", "where"))
 
@@ -58,6 +61,8 @@ class Sampled:
     depth:          of a grid that is an outer product with depths, which is not built then
     not_lifted:     why a grid of three axes is built
     order:          of the coordinates, where the depth's is not the last
+    not_places:     what locations that are NaN, infinite and -infinite are read as, if not as they
+                    are
     sized:          views of the value that only tell the sizes of grids
     softmax:        that of the weights, where it is for them alone
     """
@@ -72,6 +77,7 @@ class Sampled:
     depth: list[Tensor] = field(default_factory=list)
     not_lifted: str = ""
     order: tuple[int, ...] = ()
+    not_places: tuple[float, float, float] | None = None
     sized: list[Tensor] = field(default_factory=list)
     softmax: fx.Node | None = None
     computed: frozenset[fx.Node] = frozenset()
@@ -98,7 +104,7 @@ class Sampled:
 def canonicalize_sampling(program: Program, site: SamplingSite) -> Sampled:
     """The Sampling and the tensors; raises Decline where the op does not have it."""
     site, not_lifted = _lifted(program, site)
-    if site.terms[0].weights is None and not_lifted:
+    if site.end is site.anchor and not_lifted:
         raise Decline(f"no weighted sum over sampled points follows, and {not_lifted}", site.anchor)
     samples, first = site.samples, site.samples[0]
     sizes = [tuple(a.size for a in s.space) for s in samples]
@@ -151,6 +157,8 @@ def canonicalize_sampling(program: Program, site: SamplingSite) -> Sampled:
         [Tensor(t.node, t.layout, (*t.target, heads, resolve((deep,))))
          for deep in (first.depth_axis,) if deep is not None
          for t in bring(depth, whole_texels, grids, (batch,), ())], not_lifted, first.order)
+    if len(first.space) + bool(first.depth) == 3 and on_cpu and not first.inner:
+        made.not_places = _NOT_PLACES.get(first.padding)
     made.sized = _sized(site, made.tensors)
     made.softmax = _softmax(program, site, made.weights)
     made.computed = frozenset(

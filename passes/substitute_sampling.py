@@ -45,6 +45,9 @@ def substitute_sampling(graph: fx.Graph, view: View, sampled: Sampled, schedule:
                                    dtype=locations.meta["val"].dtype) for i in order]
             locations = arranger.call(aten.stack.default, parts, -1, shape=_shape(locations),
                                       dtype=locations.meta["val"].dtype)
+        if sampled.not_places is not None:
+            locations = arranger.call(aten.nan_to_num.default, locations, *sampled.not_places,
+                                      shape=_shape(locations), dtype=locations.meta["val"].dtype)
         shape = [product(resolve(dim)) for dim in sampled.result]
         if weights is None:
             first = arranger.call(aten.select.int, locations, -1, 0, shape=_shape(locations)[:-1],

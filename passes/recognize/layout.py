@@ -75,6 +75,8 @@ def _back_transpose(node: fx.Node, layout: Layout) -> Layout:
     rank = len(layout)
     if rank < 2:
         return layout
+    if op_name(node) == "numpy_T":
+        return tuple(reversed(layout))
     a, b = (-2, -1) if op_name(node) in ("mT", "adjoint") else node.args[1:3] or (0, 1)
     found = list(layout)
     found[a], found[b] = found[b], found[a]  # type: ignore[index]

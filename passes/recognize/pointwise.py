@@ -166,12 +166,12 @@ POINTWISE: dict[str, Rule] = {
     "lt": _binary("lt"), "le": _binary("le"), "gt": _swapped("lt"), "ge": _swapped("le"),
     "eq": _binary("eq"), "ne": _binary("ne"),
 }
-_CASTS = frozenset(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"))
+CASTS = frozenset(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"))
 
 
 def is_cast(node: fx.Node) -> bool:
     """A conversion between floating types. (Of 16 bits or more: to 8 bits is to quantise.)"""
-    if node.op != "call_function" or op_name(node) not in _CASTS:
+    if node.op != "call_function" or op_name(node) not in CASTS:
         return False
     source = node.args[0]
     return is_tensor(source) and all(

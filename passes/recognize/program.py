@@ -102,7 +102,7 @@ class Program:
         """The number that every element of `node` is, where the program text says so."""
         name = op_name(node) if node.op == "call_function" else ""
         tensor = node.meta.get("val")
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or node.meta.get("attnopt_opaque"):
             return None
         number: Any = None
         if node.op == "placeholder":

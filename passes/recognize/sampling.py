@@ -100,11 +100,11 @@ def find_samplings(program: Program) -> tuple[list[SamplingSite], list[Miss]]:
     """All weighted sums of samples, and the other operations that sample."""
     sums = Sums(program, reader)
     found: list[SamplingSite] = []
-    misses: list[Miss] = []
+    misses: list[tuple[Miss, list[fx.Node]]] = []
     taken: set[fx.Node] = set()
     for node in program.nodes:
-        if node in program.live and node.op == "call_function" and node not in taken \
-                and reader(node) is not None:
+        if node in program.live and node.op == "call_function" and reader(node) is not None \
+                and taken.isdisjoint((node, *corner_reads(node))):
             try:
                 found.append(_site(program, sums, node))
                 taken.update(n for s in found[-1].samples for n in (s.node, *s.inner))
@@ -112,10 +112,15 @@ def find_samplings(program: Program) -> tuple[list[SamplingSite], list[Miss]]:
                 alone = _alone(program, node)
                 if alone is not None:
                     found.append(alone)
-                elif op_name(node) == "grid_sampler" or corner_reads(node) \
-                        and taken.isdisjoint(corner_reads(node)):
-                    misses.append(Miss(node, no.reason, no.node, "sampling"))
-    return found, misses
+                elif op_name(node) == "grid_sampler" or corner_reads(node):
+                    misses.append((Miss(node, no.reason, no.node, "sampling"),
+                                   corner_reads(node) or [node]))
+    left, told = [], set(taken)
+    for miss, reads in misses:  # of all operations around the same look-ups, the first
+        if told.isdisjoint(reads):
+            left.append(miss)
+        told.update(reads)
+    return found, left
 
 
 def _alone(program: Program, node: fx.Node) -> SamplingSite | None:

@@ -7,10 +7,11 @@
 which is F.grid_sample's linear sample with zeros outside, at (x, y) in texels, if a corner outside
 of the map counts as 0. Exports without GridSample spell it so: the map is padded by zeros and
 indices are clamped into what is padded (Pad, Gather, Mul, Add), or indices are clamped into the map
-and a mask of the corners inside is a factor, or hides the others (torch.where). Texels are read by
-torch.gather of flat numbers y * w + x or by an advanced index, and mixed by products and sums or by
-torch.lerp. All of it is proved from the program: which texel a corner is, its share of it along
-each axis, and that nothing but 0 is read where it is clamped.
+and a mask of the corners inside is a factor, or hides the others (torch.where); as in CUDA kernels
+one more mask of the whole sample may say that x and y are near the map. The corners are summed, a
+stack of them is, or torch.lerp mixes them. All of it is proved from the program: which texel a
+corner is (`sampling_texels`), its share of it along each axis, and that nothing but 0 is read where
+it is clamped.
 """
 
 from __future__ import annotations
@@ -24,35 +25,40 @@ from torch import fx
 
 from attnopt.passes.normalize import is_tensor, op_name
 from attnopt.passes.recognize.axes import (
+    Axis,
     Layout,
+    axes_of,
     broadcast,
     same_length,
     settle,
     shape_of,
 )
-from attnopt.passes.recognize.layout import LAYOUT_OPS, back
+from attnopt.passes.recognize.contraction import reduced_dims
+from attnopt.passes.recognize.layout import LAYOUT_OPS
 from attnopt.passes.recognize.program import Program
+from attnopt.passes.recognize.sampling_parts import moved
 from attnopt.passes.recognize.sampling_places import (
     ORDER,
-    Affine,
-    Corner,
     Places,
     converts,
+    fraction,
+    gap,
+    rounded,
     same,
-    unpadded,
 )
 from attnopt.passes.recognize.sampling_sums import Operand, Sample
+from attnopt.passes.recognize.sampling_texels import READS, Affine, Corner, texel, unpadded
 from attnopt.rules import Decline
 
 #: nodes between the sum of the corners and the four look-ups
 _MOST_NODES = 64
-_READS = frozenset(("gather", "index"))
 _AND = frozenset(("logical_and", "bitwise_and", "__and__"))
 _OR = frozenset(("logical_or", "bitwise_or", "__or__"))
 _NOT = frozenset(("logical_not", "bitwise_not"))
 _MIXES = frozenset(("add", "mul", "sub", "lerp"))
-
-
+_JOINS = frozenset(("stack", "cat", "concat"))
+#: what a sample may end with
+_ENDS = frozenset(("add", "lerp", "sum", "mul", "where", "masked_fill"))
 _CONTRARY = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
 
 
@@ -70,11 +76,12 @@ class _Factor(NamedTuple):
 
 
 def corner_reads(node: fx.Node) -> list[fx.Node]:
-    """The four look-ups at rounded places that `node` is the sum of; empty for anything else."""
-    if op_name(node) not in ("add", "lerp") or not is_tensor(node):
+    """The look-ups at rounded places that `node` may be the sum of; empty for anything else."""
+    if op_name(node) not in _ENDS or not is_tensor(node):
         return []
-    reads = _between(node)[1]
-    return reads if len(reads) == 4 and all(map(_at_floor, reads)) else []
+    path, reads = _between(node)
+    some = len(reads) == 4 or len(reads) == 1 and any(op_name(n) == "sum" for n in path)
+    return reads if some and all(map(_at_floor, reads)) else []
 
 
 def _at_floor(read: fx.Node) -> bool:
@@ -84,7 +91,7 @@ def _at_floor(read: fx.Node) -> bool:
         node = stack.pop()
         if node in seen or node.op != "call_function" or not is_tensor(node):
             continue
-        if op_name(node) == "floor":
+        if rounded(node) is not None:
             return True
         seen.add(node)
         stack.extend(node.all_input_nodes)
@@ -113,15 +120,15 @@ def _between(end: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
             continue
         seen[node] = None
         name = op_name(node)
-        if name in _READS:
+        if name in READS:
             reads.append(node)
-        elif name in _MIXES:
+        elif name in _MIXES or name in _JOINS:
             stack.extend(node.all_input_nodes)
         elif name == "where":
             stack.extend(x for x in node.args[1:] if isinstance(x, fx.Node))
         elif name == "masked_fill":
             stack.append(node.args[0])  # type: ignore[arg-type]
-        elif name in LAYOUT_OPS:
+        elif name in LAYOUT_OPS or name in ("sum", "slice"):
             stack.append(node.args[0])  # type: ignore[arg-type]
     return list(seen), [] if stack else reads
 
@@ -139,6 +146,7 @@ class _Corners:
             more = {n for n in self.path if not self.leads.isdisjoint(n.all_input_nodes)}
             more -= self.leads
         self.places = Places(constant)
+        self.summed: list[Axis] = []
         self.walked = self.places.walked
 
     # -- the sum ----------------------------------------------------------------------------
@@ -164,7 +172,10 @@ class _Corners:
                            for i, base in enumerate(bases)))
             if any(not any(same(b[0], base) for base in bases) for b in corner.bounds):
                 raise Decline("a mask of something else", self.end)
-        if len(found) != 4 or len(seen) != 4 or same(bases[0], bases[1]):
+            if not axes_of(own[1]).isdisjoint(self.summed):
+                raise Decline("not each corner once", self.end)
+        if len(found) != 4 or len(seen) != 4 or same(bases[0], bases[1]) or any(
+                not axes_of(base[1]).isdisjoint(self.summed) for base in bases):
             raise Decline("not each corner once", self.end)
         locations, coordinate, order = self.places.locations(bases, self.end)
         return Sample(self.end, (first[0], settle(first[1])), space, locations, coordinate,
@@ -176,11 +187,13 @@ class _Corners:
         layout = settle(layout)
         self.walked.append(node)
         name = op_name(node)
-        step = back(node, layout)
+        step = moved(node, layout) or self.places.part(node, layout)
         if node in self.reads:
             found.append(self._corner(node, layout, factors))
         elif step is not None:
             self._sum(*step, factors, found)
+        elif name == "sum":
+            self._stack(node, layout, factors, found)
         elif (mix := _mix(node)) is not None:
             first, second, share = mix
             own = broadcast(layout, shape_of(share.meta["val"]))
@@ -210,6 +223,22 @@ class _Corners:
             else:
                 raise Decline("not a sum of weighted corners", node)
 
+    def _stack(self, node: fx.Node, layout: Layout, factors: Sequence[_Factor],
+               found: list[Corner]) -> None:
+        """A sum over an axis of corners, one after another."""
+        dims, keep = reduced_dims(node)
+        source: Any = node.args[0]
+        sizes = shape_of(source.meta["val"])
+        if len(dims) != 1 or source.meta["val"].dtype != node.meta["val"].dtype or (
+                sizes[at := min(dims)] != 4):
+            raise Decline("not a sum of weighted corners", node)
+        axis = Axis(4)
+        self.summed.append(axis)
+        for number in range(4):
+            self.places.fixed[axis] = number
+            self._sum(source, (*layout[:at], (axis,), *layout[at + keep:]), factors, found)
+        del self.places.fixed[axis]
+
     def _whole(self, node: Any, layout: Layout) -> Layout:
         """The layout of a tensor that is not broadcast to `layout`."""
         if broadcast(layout, shape_of(node.meta["val"])) != layout:
@@ -230,17 +259,20 @@ class _Corners:
         raise Decline("corners are hidden by other numbers than 0", node)
 
     def _corner(self, node: fx.Node, layout: Layout, factors: Sequence[_Factor]) -> Corner:
-        corner = self.places.texel(node, layout)
+        corner = texel(self.places, node, layout)
+        hiding: list[tuple[Operand, int, Any]] = []
         for factor in factors:
-            shares = len(corner.shares)
+            shares, bounds = len(corner.shares), len(corner.bounds)
             contrary = self._factor(factor, corner)
             if factor.hides and shares < 2:
                 # Of all sides, a mask leaves nothing of shares that are NaN; the contrary does.
-                if contrary or shares or any(
-                        {sign for b, sign, _ in corner.bounds if same(b, p.base)} != {1, -1}
-                        for p in corner.places):
+                if contrary or shares:
                     raise Decline("corners whose shares are hidden in part", node)
-                corner.hidden = True
+                hiding += corner.bounds[bounds:]
+        corner.hidden = bool(hiding)
+        if hiding and any({sign for b, sign, _ in hiding if same(b, p.base)} != {1, -1}
+                          for p in corner.places):
+            raise Decline("corners whose shares are hidden in part", node)
         return corner
 
     # -- factors ----------------------------------------------------------------------------
@@ -248,7 +280,7 @@ class _Corners:
         """Shares and masks that a corner is multiplied by; whether any mask is the contrary of a
         comparison."""
         node, layout, flipped, _ = factor
-        while (step := back(node, layout)) is not None:
+        while (step := moved(node, layout) or self.places.part(node, layout)) is not None:
             self.walked.append(node)
             node, layout = step
         layout, name = settle(layout), op_name(node) if node.op == "call_function" else ""
@@ -268,7 +300,7 @@ class _Corners:
                 found.append(self._factor(_Factor(part, own, flipped), corner))
             return any(found)
         if name in ORDER:
-            corner.bounds.append(self._bound(node, layout, name, flipped))
+            corner.bounds.append(self._bound(node, layout, name, flipped, corner))
             return flipped
         share = self._affine(node, layout, [p.base for p in corner.places])
         if flipped:
@@ -276,17 +308,23 @@ class _Corners:
         corner.shares.append(share)
         return False
 
-    def _bound(self, node: Any, layout: Layout, name: str, flipped: bool
-               ) -> tuple[Operand, int, float]:
-        """floor(x) + number against a number, as the least or greatest floor(x)."""
+    def _bound(self, node: Any, layout: Layout, name: str, flipped: bool, corner: Corner
+               ) -> tuple[Operand, int, Any]:
+        """floor(x) + number, or x, against a number, as the least or greatest floor(x)."""
         name = _CONTRARY[name] if flipped else name
-        source, number = node.args[:2]
-        if not is_tensor(source) or type(number) not in (int, float) or number % 1:
+        source, number = node.args[0], self.places.number(node.args[1])
+        if not is_tensor(source) or number is None or type(number) is float and number % 1:
             raise Decline("a mask that is no comparison with a number", node)
-        place = self.places.place(source, broadcast(layout, shape_of(source.meta["val"])))
+        source = self.places.plain(source, broadcast(layout, shape_of(source.meta["val"])))
+        sign = ORDER[name]
+        known = next((p.base for p in corner.places if same(p.base, source)), None)
+        # x >= n is floor(x) >= n and x < n is floor(x) < n. At x = -1, where x > -1 does not hold
+        # and floor(x) >= -1 does, one corner is outside and the other has no share.
+        if known is not None and (name in ("ge", "lt") or name == "gt" and number == -1):
+            return known, sign, number - (name == "lt")
+        place = self.places.place(*source)
         if (place.low, place.high) != (-math.inf, math.inf):
             raise Decline("a mask of what is clamped", node)
-        sign = ORDER[name]
         return place.base, sign, number - place.behind + (sign if name in ("gt", "lt") else 0)
 
     def _affine(self, node: Any, layout: Layout, bases: Sequence[Operand]) -> Affine:
@@ -299,10 +337,12 @@ class _Corners:
             if same(known, (node, layout)):
                 return Affine(known, 1, 0, 0)
         name = op_name(node) if node.op == "call_function" else ""
-        if name == "floor":
-            inner = self._affine(node.args[0], layout, bases)
+        for source, part in ((rounded(node), (0, 1, 0)), (fraction(node), (1, -1, 0))):
+            if source is None:
+                continue
+            inner = self._affine(source, layout, bases)
             if (inner.place, inner.floor, inner.number) == (1, 0, 0):
-                return Affine(inner.base, 0, 1, 0)
+                return Affine(inner.base, *part)
         self.walked.append(node)
         if name in ("add", "sub", "rsub") and node.kwargs.get("alpha", 1) == 1 \
                 and len(node.args) == 2:
@@ -345,14 +385,17 @@ def _side(corner: Corner, at: int, base: Operand, size: Any, pad: tuple[int, int
     moved = place.behind - pad[0]
     if side is None or place.before + moved != side:
         raise Decline("a share that belongs to another corner", base[0])
-    masks = {(sign, number) for b, sign, number in corner.bounds if same(b, base)}
-    least, most = (1, -side), (-1, size - 1 - side)
-    if masks - {least, most}:
+    limits = [[number for b, sign, number in corner.bounds if sign == way and same(b, base)]
+              for way in (1, -1)]
+    # How much less than they should the masks let through at either end, and the clamps beyond it.
+    least = max((gap(n, -side) for n in limits[0]), default=-math.inf)
+    most = max((gap(size - 1 - side, n) for n in limits[1]), default=-math.inf)
+    low, high = gap(place.low, -moved), gap(place.high, size - 1 - moved)
+    if max(least, most) > 0:
         raise Decline("a mask that is not that of the map", base[0])
-    low, high = place.low + moved, place.high + moved
-    if not masks and (low, high) == (0, size - 1):
+    if max(least, most) < 0 and (low, high) == (0, 0):
         raise Decline("corners outside of the map count as its border", base[0])
-    if not -pad[0] <= low <= (0 if least in masks else -1) \
-            or not size - (most in masks) <= high <= size - 1 + pad[1]:
+    if not -pad[0] <= low <= (0 if least == 0 else -1) \
+            or not (0 if most == 0 else 1) <= high <= pad[1]:
         raise Decline("a coordinate that is not clamped to the grid", base[0])
     return side

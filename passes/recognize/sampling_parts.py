@@ -77,17 +77,15 @@ def _before(program: Program, step: Step, affine: bool) -> Step | None:
     node = step.node
     if node.op != "call_function" or node.meta.get("attnopt_opaque"):
         return None
-    moved = back(node, step.layout)
-    if moved is not None:
-        return replace(step, node=moved[0], layout=settle(moved[1]))
+    before = moved(node, step.layout)
+    if before is not None:
+        return replace(step, node=before[0], layout=settle(before[1]))
     part = cut(node)
     if part is not None:
         source, dim, start, kept = part
         size = shape_of(source.meta["val"])[dim]
         layout = list(settle(step.layout))
         axes = layout[dim] if kept else ()
-        if kept and same_length(size, shape_of(node.meta["val"])[dim]):
-            return replace(step, node=source)
         picks = step.picks
         whole: tuple[Axis, ...] = (Axis(size),)
         if same_length(size, 1):
@@ -99,6 +97,15 @@ def _before(program: Program, step: Step, affine: bool) -> Step | None:
         layout[dim:dim + kept] = [whole]
         return replace(step, node=source, layout=tuple(layout), picks=picks)
     return _affine(program, step) if affine else None
+
+
+def moved(node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout] | None:
+    """The tensor that `node` is all of and its layout: `back`, also over x[:] of any length."""
+    if node.op == "call_function" and op_name(node) == "slice" \
+            and (part := cut(node)) is not None and same_length(
+                shape_of(part[0].meta["val"])[part[1]], shape_of(node.meta["val"])[part[1]]):
+        return part[0], layout
+    return back(node, layout)
 
 
 def cut(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:

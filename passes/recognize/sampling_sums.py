@@ -107,6 +107,10 @@ SUMS = frozenset(("sum", "mean", "matmul", "bmm", "einsum"))
 _CARRIERS = LAYOUT_OPS | SUMS | frozenset(("stack", "cat", "concat", "mul", "add"))
 
 
+def _no_sample(node: Any) -> Decline:
+    return Decline("what is added to the samples is none", node)
+
+
 def carries(node: fx.Node) -> bool:
     """May a sample be part of a weighted sum through this operation?"""
     return node.op == "call_function" and (op_name(node) in _CARRIERS or is_cast(node))
@@ -147,17 +151,27 @@ class Sums:
     # -- reading ----------------------------------------------------------------------------
     def _read(self, node: Any, layout: Layout, within: _Context) -> None:
         if not is_tensor(node) or not self.leads(node):
-            raise Decline("what is added to the samples is none", node)
+            raise _no_sample(node)
         if node.meta.get("attnopt_opaque"):
             raise Decline("the samples are written in place through shared memory", node)
         layout = settle(layout)
-        name = op_name(node)
         self.interior.append(node)
         reader = self.reader(node)
-        if reader is not None:
-            self._sample(reader, node, layout, within)
+        if reader is None:
+            self._carried(node, layout, within)
             return
-        step = back(node, layout)
+        try:
+            self._sample(reader, node, layout, within)
+        except Decline as no:
+            if not carries(node):
+                raise
+            try:
+                self._carried(node, layout, within)
+            except Decline as other:
+                raise (no if other.reason == _no_sample(node).reason else other) from None
+
+    def _carried(self, node: fx.Node, layout: Layout, within: _Context) -> None:
+        name, step = op_name(node), back(node, layout)
         if step is not None:
             self._read(*step, within)
         elif is_cast(node):
@@ -204,7 +218,7 @@ class Sums:
             except Decline as no:
                 reasons.append(no)
                 del self.terms[kept:], self.interior[inside:]
-        raise reasons[0]
+        raise reasons[0] if reasons else _no_sample(node)
 
     def _product(self, found: Contraction, layout: Layout, within: _Context) -> None:
         meet(found.out_layout, layout)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from attnopt.passes.rules import cost
 from tests.passes.test_sampling import check, expected, marked, optimized, sites
 from tests.spellings.checking import describe
-from tests.spellings.corner_spellings import CORNERS, NEAR_CORNERS, ROWS
+from tests.spellings.corner_spellings import (
+    CORNERS,
+    NEAR_CORNERS,
+    ROWS,
+    flat_rows,
+    indexed,
+    masked,
+    padded,
+)
 from tests.spellings.sampling_spellings import Form, Sampler, Spelling
 
 QUICK = {"padded_gathers", "masked_rows"}
@@ -60,7 +69,9 @@ def test_gradients(spelling: Spelling) -> None:
     check(original, taken(original, inputs), inputs, gradients=True)
 
 
-@pytest.mark.parametrize("spelling", by_name(CORNERS, {"indexed_corners"}))
+@pytest.mark.parametrize("spelling", by_name(
+    # Of an axis that torch.take_along_dim broadcasts, torch.export fixes the size.
+    [s for s in CORNERS if s.name != "taken_along"], {"indexed_corners"}))
 def test_any_batch_and_number_of_queries(spelling: Spelling) -> None:
     batch, queries = torch.export.Dim("batch", max=64), torch.export.Dim("queries", max=64)
     original, inputs = spelling.module(), spelling.inputs(3, 9)
@@ -87,6 +98,37 @@ def test_locations_that_are_no_places(spelling: Spelling) -> None:
             at[0, 1, 0, 0, 0] = at[1, 2, 0, 1, 1] = value
             found, own = opt(v, at, w), original(v, at, w)
             torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+class Maps(nn.Module):
+    """Corners of maps (N, C, H, W) of any size, with one sum over points."""
+
+    def __init__(self, sample) -> None:
+        super().__init__()
+        self.sample = sample
+
+    def forward(self, image, locations, weights):
+        h, w = image.shape[2:]
+        x, y = locations[..., 0] * w - 0.5, locations[..., 1] * h - 0.5
+        return (self.sample(image, x, y) * weights.softmax(-1)[:, None]).sum(-1)
+
+
+@pytest.mark.parametrize("sample", marked([masked, padded, indexed, flat_rows], {"masked"},
+                                          lambda f: f.__name__))
+def test_maps_of_any_size(sample) -> None:
+    def inputs(batch, h, w, queries):
+        return (torch.randn(batch, 4, h, w), torch.rand(batch, queries, 3, 2) * 1.4 - 0.2,
+                torch.randn(batch, queries, 3))
+
+    dim = torch.export.Dim.AUTO
+    original = Maps(sample)
+    with torch.no_grad():
+        opt = optimized(original, inputs(2, 5, 6, 7), dynamic_shapes={
+            "image": {0: dim, 2: dim, 3: dim}, "locations": {0: dim, 1: dim},
+            "weights": {0: dim, 1: dim}})
+    assert [s.status for s in sites(opt)] == ["rewritten"], describe(opt)
+    for sizes in ((2, 5, 6, 7), (3, 4, 9, 2), (2, 7, 3, 5)):
+        check(original, opt, inputs(*sizes))
 
 
 @pytest.mark.slow

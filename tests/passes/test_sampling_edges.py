@@ -182,3 +182,33 @@ def quantised(value, at, weights):
 
 def test_eight_bits_are_kept() -> None:
     assert {s.status for s in optimized(quantised, drawn())} == {"kept"}
+
+
+# -- maps of three axes ----------------------------------------------------------------------------
+def volumes(padding: str, align: bool, lift: bool) -> Callable[..., Tensor]:
+    """Summed without weights, of a volume or of maps times their depths."""
+    def form(value: Tensor, at: Tensor, depth: Tensor) -> Tensor:
+        whole = value[:, :, None] * (depth[:, None] if lift else depth[:, None].cumsum(2))
+        whole = whole if lift else whole + value[:, :, None].exp()
+        found = F.grid_sample(whole, at[:, None], padding_mode=padding, align_corners=align)
+        return found.squeeze(2).sum(-1)
+    return form
+
+
+@pytest.mark.parametrize("lift", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("padding", "align"), [
+    ("border", False), *(pytest.param(p, a, marks=pytest.mark.slow) for p, a in (
+        ("border", True), ("reflection", False), ("reflection", True), ("zeros", False)))])
+def test_locations_that_are_no_places(padding: str, align: bool, lift: bool) -> None:
+    """As F.grid_sample of three axes has NaN and infinity on a CPU: the last texel, where that of
+    two axes has the first."""
+    form = volumes(padding, align, lift)
+    value, at, depth = torch.randn(N, C, H, W), torch.rand(N, Q, P, 3) * 2.4 - 1.2, torch.rand(
+        N, 4, H, W)
+    with torch.no_grad():
+        opt = attnopt.optimize(Model(form), (value, at, depth))
+        assert [s.status for s in opt.report.sites] == ["rewritten"], opt.report.sites
+        odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 900.0])
+        at = at.where(torch.rand(at.shape) > 0.3, odd[torch.randint(0, 4, at.shape)])
+        torch.testing.assert_close(opt(value, at, depth), form(value, at, depth), atol=1e-5,
+                                   rtol=1e-4)

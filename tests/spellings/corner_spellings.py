@@ -150,13 +150,21 @@ def half_hidden(v, x, y, by="row"):
             x1 = x0 + i
             there = ((x1 >= 0) & (x1 < w) & (y1 >= 0) & (y1 < h))[:, None]
             texel = gathered(v.flatten(2), y1.clamp(0, h - 1) * w + x1.clamp(0, w - 1))
+            kept = ((x1 >= 0) & (x1 < w))[:, None]
+            if by == "mix":
+                both = share * (fy if j else 1 - fy)
+                seen = ((y1 >= 0) & (y1 < h))[:, None]
+                found = found + torch.where(seen, texel * both, 0.0) * kept
+                continue
             found = found + (torch.where(there, texel * share, 0.0) if by == "share"
-                             else texel * share * ((x1 >= 0) & (x1 < w))[:, None])
+                             else texel * share * kept)
+        if by == "mix":
+            return found
         if by == "share":
             return found
         return torch.where(((y1 >= 0) & (y1 < h))[:, None], found, 0.0)
 
-    return row(0) * (1 - fy) + row(1) * fy
+    return row(0) + row(1) if by == "mix" else row(0) * (1 - fy) + row(1) * fy
 
 
 def mixed(v, x, y, by="lerp", bad=False):
@@ -176,6 +184,63 @@ def mixed(v, x, y, by="lerp", bad=False):
     upper = mix(texel(0, 0), texel(1, 0), fx)
     lower = mix(texel(0, 1), texel(1, 1), fx)
     return mix(upper, lower, fx if bad else fy)
+
+
+def stacked(v, x, y, of="products", lost=False):
+    """Texels and shares of the corners are stacked, or their flat numbers are and read at once."""
+    h, w = v.shape[2:]
+    flat = v.flatten(2)
+    x0, y0 = x // 1, y - y % 1 if of == "numbers" else torch.div(y, 1, rounding_mode="floor")
+    fx, fy = x % 1, y - y0
+    numbers, shares = [], []
+    for i, j in ((0, 0), (1, 0), (0, 1), (0, 1) if lost else (1, 1)):
+        column, row = (x0 + i).long(), (y0 + j).long()
+        inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+        numbers.append(row.clamp(0, h - 1) * w + column.clamp(0, w - 1))
+        shares.append((fx if i else 1 - fx) * (fy if j else 1 - fy) * inside)
+    if of == "numbers":
+        every = gathered(flat, torch.stack(numbers, -1))
+        return (every * torch.stack(shares, -1)[:, None]).sum(-1)
+    texels = [gathered(flat, n) for n in numbers]
+    if of == "products":
+        return torch.stack([t * s[:, None] for t, s in zip(texels, shares, strict=True)], 1).sum(1)
+    return (torch.stack(texels) * torch.stack(shares)[:, :, None]).sum(0)
+
+
+def flat_rows(v, x, y, by="index", far=0):
+    """Rows of all maps, numbered through: (b * h + y) * w + x, or with the map the fastest."""
+    n, c, h, w = v.shape
+    x0, y0 = x.floor(), y.floor()
+    number = torch.arange(n)[:, None, None]
+
+    def corner(i, j):
+        column, row = (x0 + i).long(), (y0 + j).long()
+        inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+        place = row.clamp(0, h - 1) * w + column.clamp(0, w - 1)
+        if by == "fastest":
+            found = v.permute(2, 3, 0, 1).reshape(-1, c)[place * n + number]
+        elif by == "along":
+            index = place.flatten(1)[..., None]
+            found = torch.take_along_dim(v.flatten(2).transpose(1, 2), index, 1)
+            found = found.unflatten(1, place.shape[1:])
+        else:
+            place, rows = place + number * (h * w + far), v.permute(0, 2, 3, 1).reshape(-1, c)
+            if far:
+                place = place.clamp(max=n * h * w - 1)
+            found = rows[place] if by == "index" else F.embedding(place, rows)
+        share = (x - x0 if i else 1 - (x - x0)) * (y - y0 if j else 1 - (y - y0)) * inside
+        return found * share[..., None]
+
+    out = corner(0, 0) + corner(0, 1) + corner(1, 0) + corner(1, 1)
+    return out.permute(0, 3, 1, 2)
+
+
+def near_map(v, x, y, end=0, only=False):
+    """As CUDA kernels: nothing where a place is not near the map, then corner by corner."""
+    h, w = v.shape[2:]
+    there = (x > -1) & (x < w - end) & (y > -1) & (y < h)
+    found = masked(v, x, y, kept=not only)
+    return torch.where(there[:, None], found, 0.0)
 
 
 def hidden_products(value, locations, weights):
@@ -264,13 +329,48 @@ def half_padded_corners(value, locations, weights):
     return summed(value, locations, weights, half_padded)
 
 
+def stacked_products(value, locations, weights):
+    return summed(value, locations, weights, stacked)
+
+
+def stacked_texels(value, locations, weights):
+    return summed(value, locations, weights, lambda v, x, y: stacked(v, x, y, "texels"))
+
+
+def stacked_numbers(value, locations, weights):
+    return summed(value, locations, weights, lambda v, x, y: stacked(v, x, y, "numbers"))
+
+
+def rows_of_all_maps(value, locations, weights):
+    return summed(value, locations, weights, flat_rows)
+
+
+def embedded_rows(value, locations, weights):
+    return summed(value, locations, weights, lambda v, x, y: flat_rows(v, x, y, "embedding"))
+
+
+def rows_map_fastest(value, locations, weights):
+    return summed(value, locations, weights, lambda v, x, y: flat_rows(v, x, y, "fastest"))
+
+
+def taken_along(value, locations, weights):
+    return summed(value, locations, weights, lambda v, x, y: flat_rows(v, x, y, "along"))
+
+
+def places_near_the_map(value, locations, weights):
+    return summed(value, locations, weights, near_map)
+
+
 ROWS = Spelling(masked_rows, parts=True)
 CORNERS = [Spelling(padded_gathers, parts=True), Spelling(masked_gathers, parts=True),
            Spelling(chosen_corners, parts=True), Spelling(indexed_corners, parts=True),
            Spelling(half_padded_corners, parts=True),
            Spelling(hidden_products, parts=True), Spelling(hidden_texels, parts=True),
            Spelling(texels_hidden_outside, parts=True), Spelling(mixed_by_lerp, parts=True),
-           Spelling(mixed_by_slopes, parts=True)]
+           Spelling(mixed_by_slopes, parts=True),
+           *(Spelling(form, parts=True) for form in (
+               stacked_products, stacked_texels, stacked_numbers, rows_of_all_maps, embedded_rows,
+               rows_map_fastest, taken_along, places_near_the_map))]
 
 
 # -- near misses -----------------------------------------------------------------------------------
@@ -292,4 +392,9 @@ NEAR_CORNERS = [
     _near("corners_of_two_maps", masked, odd="map"),
     _near("a_share_of_another_corner", masked, odd="share"),
     _near("border", masked, kept=False, border=True),
+    _near("one_corner_twice", stacked, lost=True),
+    _near("one_number_twice", stacked, of="numbers", lost=True),
+    _near("rows_of_other_maps", flat_rows, far=-1), _near("near_a_smaller_map", near_map, end=1),
+    _near("near_the_map_alone", near_map, only=True),
+    _near("columns_hidden", half_hidden, by="mix"),
 ]

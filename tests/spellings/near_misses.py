@@ -56,6 +56,28 @@ def turned_beside_view(self, q, k, v):
     return out, part
 
 
+def mask_turned_beside_row(self, q, k, v):
+    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    row = hidden[0]
+    hidden.t_()
+    row[:] = False
+    scores = q @ k.transpose(-2, -1) * SCALE
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+def bias_written_by_windows(self, q, k, v):
+    bias = torch.zeros(q.shape[-2], k.shape[-2])
+    bias.unfold(-1, 3, 3)[..., 0] = 2.0
+    return (q @ k.transpose(-2, -1) * SCALE + bias.to(q.dtype)).softmax(-1) @ v
+
+
+def all_dimensions_reversed(self, q, k, v):
+    bias = torch.zeros(k.shape[-2], q.shape[-2], 1)
+    bias.T[:, :, 1] = 2.0
+    scores = q.T.permute(3, 2, 1, 0) @ k.transpose(-2, -1) * SCALE
+    return (scores + bias.T.to(q.dtype)).softmax(-1) @ v
+
+
 # -- routers and heads ----------------------------------------------------------------------------
 def with_router(self, sizes):
     self.gate = nn.Linear(sizes["c"], 4, bias=False)
@@ -507,6 +529,9 @@ TRAPS = [
     NearMiss("query overwritten", query_overwritten, expect="any", gradients=False),
     NearMiss("turned and written", turned_and_written, expect="any"),
     NearMiss("turned beside a view", turned_beside_view, expect="any"),
+    NearMiss("mask turned beside a row", mask_turned_beside_row, expect="any"),
+    NearMiss("bias written by windows", bias_written_by_windows, expect="any"),
+    NearMiss("all dimensions reversed", all_dimensions_reversed, expect="any"),
     NearMiss("value overwritten", value_overwritten, expect="any", gradients=False),
     NearMiss("inputs overwritten", inputs_overwritten, expect="any", gradients=False),
     NearMiss("weights into a buffer", weights_into_buffer, setup=with_seen,
