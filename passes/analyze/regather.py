@@ -62,7 +62,8 @@ def regathered(program: Program, others: Container[fx.Node] = ()) -> Program:
                 changed = _put_back(program, node) or changed
             except (Decline, LookupError) as no:
                 log.debug("%s is not put back: %s", node.name, no)
-                node.meta[UNMOVED] = getattr(no, "reason", str(no))
+                if isinstance(no, Decline):
+                    node.meta[UNMOVED] = no.reason
             except Exception as error:  # what is not understood stays as it is
                 log.warning("%s is left as it is: %s", node.name, error,
                             exc_info=log.isEnabledFor(logging.DEBUG))

@@ -90,6 +90,8 @@ def _products(program: Program, weights: fx.Node) -> tuple[set[fx.Node], list[fx
             elif name == "mul" or contraction(user) is not None:
                 plain = plain and name != "mul"
                 products[user] = None
+            elif plain:
+                raise LookupError(f"weights that are used by {name or user.op} where they are made")
             else:
                 raise Decline(f"weights that are used by {name or user.op}", user)
     return moved, list(products), plain
