@@ -392,12 +392,6 @@ def with_dropout(self, sizes):
     self.drop = nn.Dropout(0.1)
 
 
-def no_dropout_in_place(self, q, k, v):
-    """timm's TNT."""
-    weights = (q @ k.transpose(-2, -1) / 4.0).softmax(-1)
-    return F.dropout(weights, 0.0, self.training, inplace=True) @ v
-
-
 def dropout_module(self, q, k, v):
     weights = self.drop(torch.softmax(torch.matmul(q, k.mT) / 4.0, dim=-1))
     return torch.matmul(weights, v)
@@ -499,7 +493,6 @@ TABLE = [
     _row("weights also returned", weights_returned, weights_returned_einsum),
     _row("hand-written softmax", max_subtract, divide_after),
     _row("dropout", dropout, dropout_module, setup=with_dropout),
-    _row("dropout of nothing in place", no_dropout_in_place, scale_div),
     _row("5-D windows", windows_5d, windows_folded, "q: b w h s d, k: b w h s d, v: b w h s d"),
     _row("BSHD inputs", bshd_inputs, einsum_bshd, "q: b s h d, k: b s h d, v: b s h d"),
     _row("key stored transposed", key_stored_transposed, key_transposed_sdpa,

@@ -260,6 +260,11 @@ def by_head_slices(self, q, k, v):
     return out
 
 
+def no_dropout_in_place(self, q, k, v):
+    """timm's TNT."""
+    return F.dropout(torch.softmax(scored(q, k), dim=-1), 0.0, self.training, inplace=True) @ v
+
+
 def unsqueezed_in_place(self, q, k, v):
     out = torch.matmul(scored(q, k).softmax(-1), v)
     out.unsqueeze_(2)
@@ -357,6 +362,7 @@ AROUND = [
     _norm("scores written by slices", by_slices, by_softmax),
     _norm("head by head into slices", by_head_slices, by_softmax, required=False),
     _norm("result turned in place", unsqueezed_in_place, transposed_in_place),
+    _norm("dropout of nothing in place", no_dropout_in_place, by_softmax),
     _norm("keys in two parts", two_part_keys, concatenated_keys,
           QKV + ", k2: b h k d, v2: b h k d", required=False),
     _norm("two layers", two_layers, two_layers_sdpa),
