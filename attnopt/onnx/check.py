@@ -35,7 +35,7 @@ def compare(report: OnnxReport, path: Path, model: Callable[..., Any],
 
     Raises:
         AttnOptError: the file is not valid.
-        VerificationError: a difference is beyond the bound.
+        VerificationError: a difference is beyond the bound, or onnxruntime cannot run the file.
     """
     import onnx
     import onnxruntime
@@ -47,6 +47,11 @@ def compare(report: OnnxReport, path: Path, model: Callable[..., Any],
         onnxruntime.set_default_logger_severity(3)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:
+        if type(error).__name__ == "NotImplemented":  # as for most operators in bfloat16
+            raise VerificationError(
+                "the exported file cannot be verified, because onnxruntime does not have all of "
+                f"its operators on a CPU: {_line(error)}. Export the model in float32 or float16, "
+                "or give verify=False") from error
         raise AttnOptError(f"the exported file is not valid: {_line(error)}") from error
     errors: dict[str, float] = {}
     bound = 0.0

@@ -65,7 +65,8 @@ def export_onnx(
         OptionError: an argument is of a wrong type or value.
         MissingPackageError: onnx, onnxscript or, to verify, onnxruntime is not installed.
         CaptureError: the model cannot be captured as one graph.
-        VerificationError: the file does not compute what the model computes; nothing is written.
+        VerificationError: the file does not compute what the model computes, or onnxruntime has
+            no operators for it (bfloat16); nothing is written.
         AttnOptError: the file is not valid.
     """
     _check(opset, lowering, keep_functions, verify)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import attnopt
-from attnopt.errors import AttnOptError, MissingPackageError, OptionError
+from attnopt.errors import AttnOptError, MissingPackageError, OptionError, VerificationError
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = """
@@ -94,3 +94,17 @@ def test_a_form_that_cannot_be_written(tmp_path, monkeypatch, source: str) -> No
     assert text.startswith("the attention form of attnopt.Attention of ")
     assert "test_onnx_errors.py:" in text and "opset 23, got aten.solve has no counter" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_onnxruntime_has_no_operators_for(tmp_path) -> None:
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return (q @ k.mT / 4).softmax(-1) @ v
+
+    inputs = tuple(torch.randn(1, 2, 8, 16, dtype=torch.bfloat16) for _ in range(3))
+    path = tmp_path / "m.onnx"
+    with pytest.raises(VerificationError, match="float32 or float16, or give verify=False"):
+        attnopt.export_onnx(Attention(), inputs, path)
+    assert not any(tmp_path.iterdir())
+    attnopt.export_onnx(Attention(), inputs, path, verify=False)
+    assert path.is_file()
