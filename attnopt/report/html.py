@@ -36,7 +36,7 @@ def fragment(report: Report, diff_lines: int | None = _DIFF_LINES, *, linked: bo
     parts = [
         f"<style>{style()}</style>",
         f"<p class='title'>attnopt report: <b>{cut(table.title(report))}</b></p>",
-        f"<p>{cut(counts_line(report.sites))}</p>",
+        f"<p>{cut(counts_line(report))}</p>",
         _table(rows, linked),
         _kept(rows),
         _canonical(rows),

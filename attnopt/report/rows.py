@@ -15,10 +15,14 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from attnopt.ir.site import KINDS, STATUSES, SiteRecord
 from attnopt.report.text import printable
 from attnopt.timing import format_seconds
+
+if TYPE_CHECKING:
+    from attnopt.report.report import Report
 
 #: differ from layer to layer without meaning anything, or are summed up in the row
 _VARYING = frozenset({
@@ -224,8 +228,11 @@ def counts(sites: Sequence[SiteRecord]) -> dict[str, dict[str, int]]:
     return table
 
 
-def counts_line(sites: Sequence[SiteRecord]) -> str:
+def counts_line(report: Report) -> str:
     """"13 sites: 12 rewritten, 0 canonical, 1 kept", and by kind if there are several."""
+    sites = report.sites
+    if not sites and not report.calls and any(map(_is_pending, report.notes)):
+        return "no sites yet: the model is read graph by graph, at its first call"
     if not sites:
         return "no sites: no attention, sampling or linear attention was found"
     table = counts(sites)
@@ -238,6 +245,10 @@ def counts_line(sites: Sequence[SiteRecord]) -> str:
             some = {status: n for status, n in by_status.items() if n}
             text += f"; {printable(kind, 60)}: {_listed(some)}"
     return text
+
+
+def _is_pending(note: str) -> bool:
+    return note.startswith("not captured whole")
 
 
 def _listed(numbers: dict[str, int]) -> str:

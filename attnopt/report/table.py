@@ -30,7 +30,7 @@ def render(report: Report, total: int = WIDTH) -> str:
     blocks = [
         say(f"attnopt report: {title(report)}"),
         site_table(rows, total),
-        say(counts_line(report.sites)),
+        say(counts_line(report)),
         kept(rows, say),
         canonical(rows, say),
         approximate(rows, say),

@@ -222,8 +222,10 @@ class Positions(nn.Module):
 @pytest.mark.usefixtures("as_captured")
 def test_what_is_written_through_data():
     opt, original = pair(Positions().eval(), X)
+    assert "no sites yet" in str(opt.report) and "no sites yet" in opt.report._repr_html_()
     for x in (X, -X):
         same(opt(x), original(x), 1e-5)
+    assert "no sites" not in str(opt.report)
     assert hits(opt) == 2 and opt.report.sites[0].status == "rewritten"
     grads = [torch.autograd.grad(m(X).square().sum(), [*m.parameters()]) for m in (opt, original)]
     same(*grads, 1e-4)
